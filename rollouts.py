@@ -11,6 +11,7 @@ prefix of a thought), check_injection (does the model continue a thought?). Conf
 
 The rooms of this file, in order; each uses only the rooms above it:
 
+    Records     what the data of the other rooms are made of
     Providers   a row for each API: its address and its dialect
     Settings    every field, its range and its default, in one table; the presets
     Errors      what can go wrong, and what each kind of failure means for the other samples
@@ -37,13 +38,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import email.utils
 import errno
 import functools
 import hashlib
 import http.client
-import inspect
 import io
 import itertools
 import json
@@ -61,24 +60,25 @@ import urllib.request
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, TypeVar, Union, overload
 
-TYPE_CHECKING = False  # as type checkers know it: importing typing takes a tenth of importing all of this
 if TYPE_CHECKING:
-    import sqlite3
-    from collections.abc import Callable, Hashable, Iterator
-    from typing import Any, Optional, TypeVar, Union, overload
+    import sqlite3  # which few scripts need
 
-    Prompt = Union[str, Sequence[Mapping[str, Any]]]
-    _Kept = TypeVar("_Kept", "Usage", "Response")
-    _Outcome = Union["Response", "APIError"]
-    _Cache = Union["_JsonCache", "_SqlCache"]
+if sys.version_info >= (3, 11):
+    from typing import dataclass_transform
+else:
+    def dataclass_transform() -> Any:
+        return lambda cls: cls
 
 __version__ = "1.0.0"
 __all__ = [
     "RolloutsClient", "create_client", "Config", "Rollouts", "Response", "Usage",
     "split_sentences", "RolloutsError", "APIError",
 ]
+
+Prompt = Union[str, Sequence[Mapping[str, Any]]]
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -92,10 +92,98 @@ def _whole(value: Any) -> int:
 
 def _warn(text: str) -> None:
     """Warn at the line that called into this module, however deep."""
-    frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals is globals():
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals is globals():
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+# == Records =======================================================================================
+#
+# Frozen dataclasses, but for what the module `dataclasses` costs when it is imported: with inspect, ast
+# and dis, and the code that it compiles for each class, half of what urllib.request and all it needs do.
+
+
+class _ClassProperty:
+    """A property of a class, made when somebody asks for it."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self._make = make
+
+    def __get__(self, instance: object, cls: type) -> Any:
+        return self._make(cls)
+
+
+def _dataclass_of(cls: type[_Record]) -> Any:
+    """The dataclass with the fields of *cls*: `dataclasses`, `inspect` and `pprint` ask for what it has."""
+    import dataclasses
+
+    def field(default: Any) -> Any:
+        if isinstance(default, dict):
+            return dataclasses.field(default_factory=default.copy)
+        return dataclasses.field() if default is ... else dataclasses.field(default=default)
+
+    return dataclasses.make_dataclass(cls.__name__, [
+        (name, cls.__annotations__.get(name, "Any"), field(default)) for name, default in cls._fields.items()])
+
+
+def _signature_of(cls: type[_Record]) -> Any:
+    import inspect
+
+    return inspect.signature(_dataclass_of(cls))
+
+
+_Same = TypeVar("_Same", bound="_Record")
+
+
+@dataclass_transform()
+class _Record:
+    """Values by their names, compared and shown by them, and not to be changed."""
+
+    _fields: ClassVar[dict[str, Any]] = {}  # their defaults, ... where there is none; in order
+    __dataclass_fields__ = _ClassProperty(lambda cls: _dataclass_of(cls).__dataclass_fields__)
+    __dataclass_params__ = _ClassProperty(lambda cls: _dataclass_of(cls).__dataclass_params__)
+    __signature__ = _ClassProperty(_signature_of)
+
+    def __init_subclass__(cls) -> None:
+        cls._fields = {**cls._fields, **{name: getattr(cls, name, ...) for name in cls.__annotations__}}
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        given, fields = {**dict(zip(self._fields, values)), **named}, vars(self)
+        fields.update(self._fields)
+        fields.update(given)
+        if len(given) < len(values) + len(named) or len(fields) > len(self._fields) or ... in fields.values():
+            _dataclass_of(type(self))(*values, **named)  # raises the TypeError that says what is wrong
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Check the values: a class's own business."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._compared() == other._compared()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._compared().values()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+    def __setattr__(self, name: str, value: object = None) -> None:
+        from dataclasses import FrozenInstanceError
+
+        raise FrozenInstanceError(f"{type(self).__name__}.{name} is not to be changed")
+
+    __delattr__ = __setattr__
+
+    def _compared(self) -> dict[str, Any]:
+        return vars(self)
+
+    def _replace(self: _Same, **changes: Any) -> _Same:
+        return type(self)(**{**vars(self), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by their names."""
+        return dict(vars(self))
 
 
 # == Providers =====================================================================================
@@ -113,8 +201,7 @@ _DIALECTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class _Provider:
+class _Provider(_Record):
     """An API's address and dialect."""
 
     base_url: str
@@ -190,8 +277,7 @@ class _Refused(ValueError):
     """A keyword that is not taken: it says all there is to say, and shows no value, which may be a key."""
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class _Takes:
+class _Takes(_Record):
     """What a setting takes, in words, and the function that returns the value to keep, or fails."""
 
     words: str
@@ -253,8 +339,8 @@ def _choice(*options: Any) -> _Takes:
 
 
 def _optional(takes: _Takes) -> _Takes:
-    return dataclasses.replace(
-        takes, words=f"{takes.words}, or None", keep=lambda value: None if value is None else takes.keep(value))
+    return takes._replace(
+        words=f"{takes.words}, or None", keep=lambda value: None if value is None else takes.keep(value))
 
 
 def _plain(value: Any) -> Any:
@@ -300,7 +386,7 @@ def _keep_path(value: Any) -> str:
 
 def _keep_extra(value: Mapping[str, Any]) -> dict[str, Any]:
     for name, given in value.items():
-        _require(isinstance(name, str) and name not in _FIELDS, f"{name} is a setting of its own")
+        _require(isinstance(name, str) and name not in _SETTINGS, f"{name} is a setting of its own")
         if re.fullmatch(r"keys?|.*api_?keys?|((api|access|auth)_?)?token|authorization|(extra_)?headers", name, re.I):
             raise _Refused(f"{name} is not taken: pass a key as api_key")
         if name in ("logprobs", "top_logprobs") and given not in (None, False):
@@ -317,11 +403,31 @@ def _keep_extra(value: Mapping[str, Any]) -> dict[str, Any]:
 _FLAG = _choice(True, False)
 
 
-def _setting(takes: _Takes, words: str, default: Any = dataclasses.MISSING, *, body: bool = False) -> Any:
-    metadata = {"takes": takes, "help": words, "body": body}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+class _Setting:
+    """A field of Config, which checks each value that it is given."""
+
+    def __init__(self, takes: _Takes, words: str, default: Any, body: bool) -> None:
+        self.takes, self.help, self.default, self.body = takes, words, default, body
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+        _SETTINGS[name] = self
+
+    def __get__(self, config: Optional[Config], owner: type) -> Any:
+        return self.default if config is None else vars(config)[self.name]
+
+    def __set__(self, config: Config, value: Any) -> None:
+        vars(config)[self.name] = self.check(value)
+
+    def check(self, value: Any) -> Any:
+        return self.takes.check(self.name, value)
+
+
+_SETTINGS: dict[str, _Setting] = {}  # in the order of Config
+
+
+def _setting(takes: _Takes, words: str, default: Any = ..., *, body: bool = False) -> Any:
+    return _Setting(takes, words, default, body)
 
 
 # Body fields that are no settings of ours, so that none of them is taken for a misspelling.
@@ -344,14 +450,13 @@ def _warn_of_misspelling(name: str) -> None:
 
     if name in _FURTHER_FIELDS:
         return
-    known = [*_FIELDS, *_FURTHER_FIELDS, "n_samples", "suffix"]
+    known = [*_SETTINGS, *_FURTHER_FIELDS, "n_samples", "suffix"]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     for meant in [_OTHER_NAMES[name]] if name in _OTHER_NAMES else close:
         _warn(f"{name} is no setting, so it goes into the request as it is: did you mean {meant}?")
 
 
-@dataclasses.dataclass
-class Config:
+class Config(_Record):
     """Every setting of a client, checked: ``RolloutsClient(**config.to_dict())``.
 
     A field that the API reads is left out of the request where it is None, so that the API's own
@@ -397,34 +502,31 @@ class Config:
         _Takes("a dict of further body fields that JSON can hold", _keep_extra),
         "further fields of the body, sent as they are; further keywords of a client land here", {})
 
-    def __post_init__(self) -> None:
-        for name, takes in _TAKES.items():
-            setattr(self, name, takes.check(name, getattr(self, name)))
+    # To be changed, unlike other records, and checked again.
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every setting by its name, the key (masked in its repr) included."""
-        return {name: getattr(self, name) for name in _FIELDS}
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, value)
 
     def _override(self, settings: Mapping[str, Any]) -> Config:
         """This configuration with *settings* in place; what is no setting goes into ``extra``."""
-        known = {name: value for name, value in settings.items() if name in _FIELDS}
-        further = {name: value for name, value in settings.items() if name not in _FIELDS}
-        extra = _TAKES["extra"].check("extra", known.get("extra", {}))
+        known = {name: value for name, value in settings.items() if name in _SETTINGS}
+        further = {name: value for name, value in settings.items() if name not in _SETTINGS}
+        extra = _SETTINGS["extra"].check(known.get("extra", {}))
         known["extra"] = {**self.extra, **extra, **further}
-        config = dataclasses.replace(self, **known)
+        config = self._replace(**known)
         for name in further:
             _warn_of_misspelling(name)
         return config
 
 
-_FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-_TAKES: dict[str, _Takes] = {name: field.metadata["takes"] for name, field in _FIELDS.items()}
-_BODY_FIELDS = [name for name, field in _FIELDS.items() if field.metadata["body"]]
 if Config.__doc__:  # absent under python -OO
     Config.__doc__ += "\n    " + "\n    ".join(
-        f"{name}: {field.metadata['help']}. Takes {_TAKES[name].words}"
-        + ("." if field.default is dataclasses.MISSING else f"; default {field.default!r}.")
-        for name, field in _FIELDS.items())
+        f"{name}: {setting.help}. Takes {setting.takes.words}"
+        + ("." if setting.default is ... else f"; default {setting.default!r}.")
+        for name, setting in _SETTINGS.items())
 
 _PRESETS = {
     "deterministic": {"temperature": 0.0},
@@ -510,20 +612,24 @@ class _CannotContinue(ValueError):
 # What a call returns. No I/O here, and nothing that is stored twice.
 
 
+_Kept = TypeVar("_Kept", "Usage", "Response")
+
+
 def _from_dict(cls: type[_Kept], data: Any) -> _Kept:
     """*cls* from the dict *data*, whose values are of the fields' types; unknown names are passed over."""
+    types, values = _TYPES[cls], {}
     try:
-        values = {name: value for name, value in data.items() if name in _TYPES[cls]}
-        for name, value in values.items():
-            if type(value) not in _TYPES[cls][name]:
-                raise TypeError(f"{name} is a {type(value).__name__}")
+        for name, value in data.items():
+            if name in types:
+                if type(value) not in types[name]:
+                    raise TypeError(f"{name} is a {type(value).__name__}")
+                values[name] = value
         return cls(**values)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"no {cls.__name__}: {error}") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class Usage:
+class Usage(_Record):
     """What one response, or several, consumed. Zero where the API does not tell.
 
     prompt_tokens, completion_tokens, total_tokens: as the API counts them; thoughts are completion.
@@ -542,18 +648,13 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(mine + others for mine, others in zip(self.__dict__.values(), other.__dict__.values())))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by their names."""
-        return dict(self.__dict__)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Usage:
         """The Usage that to_dict() described; ValueError for anything else."""
         return _from_dict(cls, data)
 
 
-@dataclasses.dataclass(frozen=True)
-class Response:
+class Response(_Record):
     """One sample: after an injected thought, the continuation alone.
 
     content: the answer; '' where there is none yet. Always a str.
@@ -577,7 +678,10 @@ class Response:
     provider: str = ""
     response_id: str = ""
     created: int = 0
-    cached: bool = dataclasses.field(default=False, compare=False)
+    cached: bool = False
+
+    def _compared(self) -> dict[str, Any]:
+        return {**vars(self), "cached": None}
 
     @property
     def full(self) -> str:
@@ -599,14 +703,13 @@ class Response:
 # What a field holds: the type of its default; where that is None, a str or None.
 _TYPES: dict[type, dict[str, tuple[type, ...]]] = {
     cls: {
-        field.name: (str,) if field.name == "content" else (str, type(None)) if field.default is None
-        else (int, float) if field.name == "cost" else (type(field.default),)
-        for field in dataclasses.fields(cls)}
+        name: (str,) if default is ... else (str, type(None)) if default is None
+        else (int, float) if name == "cost" else (type(default),)
+        for name, default in cls._fields.items()}
     for cls in (Usage, Response)}
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Rollouts:
+class Rollouts(_Record):
     """The samples of one prompt, in the order of their seeds: iterate, index, slice.
 
     prompt, model, temperature, top_p, max_tokens: what was asked.
@@ -631,11 +734,10 @@ class Rollouts:
     def __iter__(self) -> Iterator[Response]:
         return iter(self.responses)
 
-    if TYPE_CHECKING:
-        @overload
-        def __getitem__(self, index: int) -> Response: ...
-        @overload
-        def __getitem__(self, index: slice) -> list[Response]: ...
+    @overload
+    def __getitem__(self, index: int) -> Response: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Response]: ...
     def __getitem__(self, index: Union[int, slice]) -> Union[Response, list[Response]]:
         return self.responses[index]
 
@@ -887,8 +989,7 @@ def split_sentences(text: str) -> list[str]:
 # fields that ask for streaming, which change how a reply arrives and not what it says.
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class _Api:
+class _Api(_Record):
     """The API of one call, and the key for it."""
 
     name: str  # a provider's, or the host's where none was named
@@ -916,15 +1017,14 @@ def _api_of(config: Config) -> _Api:
     row = _PROVIDERS[name]
     named = config.base_url is None or isinstance(config.provider, str)
     key_name, url_name = f"{name.upper()}_API_KEY", f"{name.upper()}_BASE_URL"
-    base_url = config.base_url or _TAKES["base_url"].check(url_name, os.environ.get(url_name) or None)
+    base_url = config.base_url or _SETTINGS["base_url"].takes.check(url_name, os.environ.get(url_name) or None)
     key = config.api_key
     if not key and named:
-        key = _TAKES["api_key"].check(key_name, os.environ.get(key_name))
+        key = _SETTINGS["api_key"].takes.check(key_name, os.environ.get(key_name))
     return _Api(name, base_url or row.base_url, row, key_name if named else "", key)
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class _Request:
+class _Request(_Record):
     """What is sent for each sample of one prompt."""
 
     model: str
@@ -970,7 +1070,7 @@ def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
         in_message, in_body = _DIALECTS[dialect or "trailing"]
         messages[-1] = {**in_message, **messages[-1]}
         body.update(in_body)
-    body.update((name, getattr(config, name)) for name in _BODY_FIELDS)
+    body.update((name, value) for name, value in vars(config).items() if _SETTINGS[name].body)
     body.update(config.extra)
     if isinstance(config.provider, dict):
         body["provider"] = config.provider
@@ -1987,6 +2087,10 @@ _PROBE: Prompt = (
 )
 
 
+_Outcome = Union[Response, APIError]
+_Cache = Union[_JsonCache, _SqlCache]
+
+
 class _Call:
     """One call: the samples that are still to be sent, and what came of the others."""
 
@@ -2127,6 +2231,15 @@ def _release(transport: _Transport, caches: dict[tuple[str, str], _Cache]) -> No
         cache.close()
 
 
+def _signature_of_client(_: type) -> Any:
+    from inspect import Parameter, Signature
+
+    *settings, extra = Config.__signature__.parameters.values()
+    return Signature([
+        settings[0], *(setting.replace(kind=Parameter.KEYWORD_ONLY) for setting in settings[1:]),
+        extra.replace(kind=Parameter.VAR_KEYWORD, annotation="Any", default=Parameter.empty)])
+
+
 class RolloutsClient:
     """Draws samples of prompts from one model.
 
@@ -2138,6 +2251,8 @@ class RolloutsClient:
     """
 
     _config: Config
+
+    __signature__ = _ClassProperty(_signature_of_client)
 
     def __init__(self, model: str, **settings: Any) -> None:
         self._config = Config(model)._override(settings)
@@ -2158,12 +2273,12 @@ class RolloutsClient:
         _clients.add(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _FIELDS:
+        if name in _SETTINGS:
             return getattr(self._config, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FIELDS:
+        if name in _SETTINGS:
             raise AttributeError(f"{name} is fixed: pass {name}=… to a call, or make another client")
         super().__setattr__(name, value)
 
@@ -2412,7 +2527,7 @@ class RolloutsClient:
             outcome = error
         with self._lock:
             waiting = self._flights.pop(flight)
-        shared = dataclasses.replace(outcome, cached=True) if waiting and isinstance(outcome, Response) else outcome
+        shared = outcome._replace(cached=True) if waiting and isinstance(outcome, Response) else outcome
         for its_call, its_index, its in [(call, index, outcome), *((*other, shared) for other in waiting)]:
             # One that has more retries than ours does not give up with it.
             goes_on = isinstance(its, APIError) and its.retryable and (
@@ -2473,12 +2588,6 @@ class RolloutsClient:
             call.count(retrying=-1)
 
 
-RolloutsClient.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
-    parameter if parameter.name == "model" else parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-    for parameter in inspect.signature(Config).parameters.values() if parameter.name != "extra"
-] + [inspect.Parameter("extra", inspect.Parameter.VAR_KEYWORD, annotation="Any")])
-
-
 def create_client(model: str, preset: str = "balanced", **settings: Any) -> RolloutsClient:
     """Return a client with the temperature of *preset*, and *settings*, which win over it.
 
@@ -2527,10 +2636,10 @@ def _main() -> int:
         epilog="The key comes from the environment: <PROVIDER>_API_KEY.")
     parser.add_argument("prompt", help="the prompt, or - for standard input")
     parser.add_argument("-n", "--n-samples", type=int, default=1, help="how many samples (default 1)")
-    parser.add_argument("--model", required=True, help=_FIELDS["model"].metadata["help"])
+    parser.add_argument("--model", required=True, help=_SETTINGS["model"].help)
     for name, kind in (("seed", int), ("temperature", float), ("top_p", float), ("max_tokens", int), ("provider", str),
                        ("base_url", str), ("cache_dir", str), ("requests_per_minute", float), ("timeout", float)):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=_FIELDS[name].metadata["help"])
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=_SETTINGS[name].help)
     for flag, dest, value in (("--no-cache", "use_cache", False), ("--verbose", "verbose", True)):
         parser.add_argument(flag, dest=dest, action="store_const", const=value, help=f"{dest}={value}")
     settings = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}

@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
+import pprint
 import random
 import string
+import typing
 import unittest
 from collections import Counter
 from typing import Any, Dict, List, Optional
@@ -186,6 +189,38 @@ class OneResponse(unittest.TestCase):
             for field in dataclasses.fields(value):
                 with self.subTest(field=field.name), self.assertRaises(dataclasses.FrozenInstanceError):
                     setattr(value, field.name, None)
+
+    def test_they_are_dataclasses_to_whoever_asks(self) -> None:
+        class Marked(Response):
+            pass
+
+        class Judged(Response):
+            verdict: str = "none"
+
+        for cls in (Usage, Response, Rollouts, rollouts.Config, Marked, Judged):
+            with self.subTest(cls=cls.__name__):
+                self.assertTrue(dataclasses.is_dataclass(cls))
+                names = [field.name for field in dataclasses.fields(cls)]
+                self.assertEqual(names, list(inspect.signature(cls).parameters))
+                self.assertLessEqual(set(names), set(typing.get_type_hints(cls)))
+        response = Response("4", "2 + 2", usage=Usage(1, cost=0.5))
+        self.assertEqual(dataclasses.asdict(response), response.to_dict())
+        self.assertEqual(dataclasses.replace(response, seed=7).seed, 7)
+        self.assertIn("content='4'", pprint.pformat(response))
+        self.assertEqual(eval(repr(response)), response)
+        self.assertEqual(Judged("4", verdict="right"), Judged(verdict="right", content="4"))
+        self.assertEqual(Marked("4").full, "4")
+        self.assertNotEqual(Marked("4"), Response("4"))
+
+    def test_wrong_fields(self) -> None:
+        for make, words in (
+            (lambda: Response(), "missing .*'content'"),
+            (lambda: Response("4", contents="5"), "unexpected .*'contents'"),
+            (lambda: Response("4", content="5"), "multiple values .*'content'"),
+            (lambda: Usage(*range(7)), "from 1 to 7 positional arguments but 8 were given"),
+        ):
+            with self.subTest(words=words), self.assertRaisesRegex(TypeError, words):
+                make()
 
     def test_usage_adds_up(self) -> None:
         self.assertEqual(Usage(1, 2, 3, 4, 5, 0.5) + Usage(10, 20, 30, 40, 50, 0.25), Usage(11, 22, 33, 44, 55, 0.75))

@@ -883,9 +883,12 @@ class Configuration(Case):
 
     def test_a_later_change_is_checked_too(self) -> None:
         config = Config("m")
-        config.temperature = NAN
         with self.assertRaisesRegex(ValueError, "^temperature takes "):
-            RolloutsClient(**config.to_dict())
+            config.temperature = NAN
+        config.temperature = 1
+        self.assertEqual(config, Config("m", temperature=1.0))
+        self.assertEqual(dataclasses.replace(config, temperature=0.7), Config("m"))
+        self.assertEqual(Config.temperature, 0.7)
 
     def test_no_repr_shows_the_key(self) -> None:
         config = Config(**EVERYTHING)
