@@ -114,7 +114,8 @@ class _ClassProperty:
         return self._make(cls)
 
 
-def _dataclass_of(cls: type[_Record]) -> Any:
+@functools.cache
+def _dataclass_of(cls: Any) -> Any:
     """The dataclass with the fields of *cls*: `dataclasses`, `inspect` and `pprint` ask for what it has."""
     import dataclasses
 
@@ -127,7 +128,7 @@ def _dataclass_of(cls: type[_Record]) -> Any:
         (name, cls.__annotations__.get(name, "Any"), field(default)) for name, default in cls._fields.items()])
 
 
-def _signature_of(cls: type[_Record]) -> Any:
+def _signature_of(cls: Any) -> Any:
     import inspect
 
     return inspect.signature(_dataclass_of(cls))
