@@ -154,7 +154,7 @@ class _Record:
         fields.update(self._fields)
         fields.update(given)
         if len(given) < len(values) + len(named) or len(fields) > len(self._fields) or ... in fields.values():
-            _dataclass_of(type(self))(*values, **named)  # raises the TypeError that says what is wrong
+            self.__signature__.bind(*values, **named)  # raises the TypeError that says what is wrong
         self.__post_init__()
 
     def __post_init__(self) -> None:

@@ -217,7 +217,7 @@ class OneResponse(unittest.TestCase):
             (lambda: Response(), "missing .*'content'"),
             (lambda: Response("4", contents="5"), "unexpected .*'contents'"),
             (lambda: Response("4", content="5"), "multiple values .*'content'"),
-            (lambda: Usage(*range(7)), "from 1 to 7 positional arguments but 8 were given"),
+            (lambda: Usage(*range(7)), "too many positional arguments"),
         ):
             with self.subTest(words=words), self.assertRaisesRegex(TypeError, words):
                 make()
