@@ -1633,13 +1633,12 @@ class _Bucket:
     them still keeps the promise; a hundredth slower still, since threads wake late.
     """
 
-    def __init__(self, per_minute: Optional[float]) -> None:
-        whole = math.floor(per_minute) if per_minute and per_minute > 1 else per_minute or math.inf
-        self.burst = max(1, int(whole / 60)) if per_minute else 1
+    def __init__(self, per_minute: float) -> None:
+        whole = math.floor(per_minute) if per_minute > 1 else per_minute
+        self.burst = max(1, int(whole / 60))
         self.gap = 60.6 / (whole - self.burst + 1)  # seconds for one token
         self.next = -math.inf  # when a bucket of one token would have it
-        # Held by the one thread that waits for the next token; the others queue here.
-        self.turn: Any = threading.Lock() if per_minute else contextlib.nullcontext()
+        self.turn = threading.Lock()  # held by the one thread that waits for the next token; the others queue
 
 
 class _Pacer:
@@ -1648,11 +1647,12 @@ class _Pacer:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # protects _hold
         self._hold = -math.inf
-        self._buckets: dict[Optional[float], _Bucket] = {}
+        self._buckets: dict[float, _Bucket] = {}
 
     def wait(self, per_minute: Optional[float], stop: threading.Event) -> None:
         """Wait until a request may start, or until *stop* is set."""
-        bucket = self._buckets.get(per_minute) or self._buckets.setdefault(per_minute, _Bucket(per_minute))
+        limit = per_minute or 1e12  # as good as none
+        bucket = self._buckets.get(limit) or self._buckets.setdefault(limit, _Bucket(limit))
         with bucket.turn:
             while not stop.is_set():
                 now = _clock.now()
@@ -1677,11 +1677,7 @@ _REDRAW = 0.2  # seconds, on a terminal or in a notebook
 _LOG_LINE = 30.0  # seconds, into anything else
 
 
-class _Tally:
-    """The counts that the line shows."""
-
-    total = done = cached = retrying = failed = 0
-    cost = 0.0
+_Tally = Counter[str]  # total, done, cached, retrying, failed; and cost, in US dollars
 
 
 def _duration(seconds: float) -> str:
@@ -1691,24 +1687,21 @@ def _duration(seconds: float) -> str:
 
 def _format_progress(tally: _Tally, elapsed: float, width: int) -> str:
     """The line for *tally* after *elapsed* seconds, in less than *width* columns: what matters most first."""
-    drawn = tally.done - tally.cached
-    rate = drawn / elapsed if elapsed > 0 else 0.0
-    counts = [f"{tally.done}/{tally.total}"]
+    done, total, cost = tally["done"], tally["total"], tally["cost"]
+    rate = (done - tally["cached"]) / elapsed if elapsed > 0 else 0.0
+    counts = [f"{done}/{total}"]
     if rate:
-        left = (tally.total - tally.done) / rate
-        counts += [f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min", f"{_duration(left)} left"]
-    counts += [
-        f"{count} {name}" for name, count in (
-            ("failed", tally.failed), ("retrying", tally.retrying), ("cached", tally.cached)) if count]
-    if tally.cost:
-        counts.append(f"${tally.cost:.4f}" if tally.cost < 1 else f"${tally.cost:.2f}")
+        counts += [f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min", f"{_duration((total - done) / rate)} left"]
+    counts += [f"{tally[name]} {name}" for name in ("failed", "retrying", "cached") if tally[name]]
+    if cost:
+        counts.append(f"${cost:.4f}" if cost < 1 else f"${cost:.2f}")
     line = counts[0]
     for count in counts[1:]:
         if len(line) + len(count) + 2 < width:
             line += ", " + count
     room = min(width - len(line) - 4, 30)
-    if room >= 5 and tally.total:
-        filled = room * tally.done // tally.total
+    if room >= 5 and total:
+        filled = room * done // total
         line = f"[{'#' * filled}{'.' * (room - filled)}] {line}"
     return line[: width - 1]
 
@@ -1751,18 +1744,17 @@ class _Progress:
             self._active += 1
             self.count(self._tally, total=total, done=cached, cached=cached)
             # A single sample gets no line; a second one, of this call or of another, brings it up.
-            if self._tally.total > 1 and self._ended.is_set():
+            if self._tally["total"] > 1 and self._ended.is_set():
                 ended = threading.Event()
                 with contextlib.suppress(RuntimeError):  # no thread is to be had: no line
                     threading.Thread(target=self._draw, args=(ended,), name="rollouts-progress", daemon=True).start()
                     self._ended = ended
             return self._tally
 
-    def count(self, tally: _Tally, **more: float) -> None:
+    def count(self, tally: _Tally, **more: Any) -> None:
         """Add to the counts of *tally*."""
         with self._counting:
-            for name, number in more.items():
-                setattr(tally, name, getattr(tally, name) + number)
+            tally.update(more)
 
     def end(self, unfinished: int) -> None:
         """Take back the *unfinished* samples of a call that is over; with the last call the line goes."""

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import unittest
+from collections import Counter
 import warnings
 from dataclasses import replace
 from typing import Any, Callable, Iterator, List, Optional
@@ -491,10 +492,7 @@ class Formatted(unittest.TestCase):
     """The pure function behind the line; private, but there is no other way to see a slow run."""
 
     def line(self, elapsed: float = 10.0, width: int = 200, **counts: Any) -> str:
-        tally = rollouts._Tally()
-        for name, count in counts.items():
-            setattr(tally, name, count)
-        return rollouts._format_progress(tally, elapsed, width)
+        return rollouts._format_progress(Counter(counts), elapsed, width)
 
     def test_what_it_says(self) -> None:
         for counts, elapsed, words in (
