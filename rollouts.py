@@ -50,6 +50,7 @@ import math
 import os
 import random
 import re
+import selectors
 import socket
 import ssl
 import sys
@@ -1360,6 +1361,7 @@ _LONGEST_REPLY = 64 * 2**20  # bytes
 _CONNECT_TIMEOUT = 30.0  # seconds, for each address of a name: one that is dead must not cost the whole timeout
 _IDLE_CONNECTION = 60.0  # seconds a connection is kept unused: less than gateways keep it
 _STALE = 2.0  # seconds within which a connection that the server had closed shows it; later, work was lost
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # select() takes no file above 1023
 _KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4))
 
 
@@ -1485,16 +1487,11 @@ class _Connection(http.client.HTTPConnection):
 
     def is_alive(self) -> bool:
         """Whether the server has neither closed this idle connection nor sent anything on it."""
-        if time.monotonic() - self.idle_since < 1:
-            return True  # no server closes one as soon as that, without saying so in its reply
-        try:
-            self.sock.settimeout(0)
-            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)  # beneath TLS, where nothing is due either
-        except (BlockingIOError, InterruptedError):
-            return time.monotonic() - self.idle_since < _IDLE_CONNECTION
-        except OSError:
-            pass
-        return False
+        if time.monotonic() - self.idle_since > _IDLE_CONNECTION:
+            return False
+        with _Selector() as selector:
+            selector.register(self.sock, selectors.EVENT_READ)
+            return not selector.select(0)
 
 
 class _TLSConnection(_Connection, http.client.HTTPSConnection):
