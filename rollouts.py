@@ -105,8 +105,8 @@ def _warn(text: str) -> None:
 # and dis, and the code that it compiles for each class, half of what urllib.request and all it needs do.
 
 
-class _ClassProperty:
-    """A property of a class, made when somebody asks for it."""
+class _Asked:
+    """An attribute of a class that is made when somebody asks for it."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self._make = make
@@ -117,22 +117,21 @@ class _ClassProperty:
 
 @functools.cache
 def _dataclass_of(cls: Any) -> Any:
-    """The dataclass with the fields of *cls*: `dataclasses`, `inspect` and `pprint` ask for what it has."""
+    """The dataclass with the fields of *cls*, for whoever asks what only a dataclass has."""
     import dataclasses
-
-    def field(default: Any) -> Any:
-        if isinstance(default, dict):
-            return dataclasses.field(default_factory=default.copy)
-        return dataclasses.field() if default is ... else dataclasses.field(default=default)
-
-    return dataclasses.make_dataclass(cls.__name__, [
-        (name, cls.__annotations__.get(name, "Any"), field(default)) for name, default in cls._fields.items()])
-
-
-def _signature_of(cls: Any) -> Any:
     import inspect
 
-    return inspect.signature(_dataclass_of(cls))
+    def field(name: str, default: Any) -> Any:
+        options = {} if default is ... else {"default": default}
+        if isinstance(default, dict):
+            options = {"default_factory": default.copy}
+        return dataclasses.field(compare=name not in cls._uncompared, **options)
+
+    made = dataclasses.make_dataclass(
+        cls.__name__, [(name, cls._kinds[name], field(name, default)) for name, default in cls._fields.items()],
+        frozen=cls.__setattr__ is _Record.__setattr__)
+    made.__signature__ = inspect.signature(made)  # type: ignore[attr-defined]
+    return made
 
 
 _Same = TypeVar("_Same", bound="_Record")
@@ -142,19 +141,25 @@ _Same = TypeVar("_Same", bound="_Record")
 class _Record:
     """Values by their names, compared and shown by them, and not to be changed."""
 
-    _fields: ClassVar[dict[str, Any]] = {}  # their defaults, ... where there is none; in order
-    __dataclass_fields__ = _ClassProperty(lambda cls: _dataclass_of(cls).__dataclass_fields__)
-    __dataclass_params__ = _ClassProperty(lambda cls: _dataclass_of(cls).__dataclass_params__)
-    __signature__ = _ClassProperty(_signature_of)
+    _kinds: ClassVar[dict[str, Any]] = {}  # the annotations of the fields, in order
+    _fields: ClassVar[dict[str, Any]] = {}  # their defaults; ... where there is none
+    _uncompared: ClassVar[tuple[str, ...]] = ()
+    __signature__: ClassVar[Any]
 
-    def __init_subclass__(cls) -> None:
-        cls._fields = {**cls._fields, **{name: getattr(cls, name, ...) for name in cls.__annotations__}}
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = cls.__annotations__ if sys.version_info >= (3, 10) else vars(cls).get("__annotations__", {})
+        cls._kinds = {**cls._kinds, **{name: kind for name, kind in own.items() if "ClassVar" not in str(kind)}}
+        cls._fields = {name: getattr(cls, name, ...) for name in cls._kinds}
+        for name in "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__replace__", "__signature__":
+            setattr(cls, name, _Asked(lambda cls, name=name: getattr(_dataclass_of(cls), name)))  # type: ignore[misc]
 
     def __init__(self, *values: Any, **named: Any) -> None:
         given, fields = {**dict(zip(self._fields, values)), **named}, vars(self)
         fields.update(self._fields)
         fields.update(given)
-        if len(given) < len(values) + len(named) or len(fields) > len(self._fields) or ... in fields.values():
+        missing = any(value is ... for value in fields.values())
+        if missing or len(given) < len(values) + len(named) or len(fields) > len(self._fields):
             self.__signature__.bind(*values, **named)  # raises the TypeError that says what is wrong
         self.__post_init__()
 
@@ -162,13 +167,15 @@ class _Record:
         """Check the values: a class's own business."""
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self._compared() == other._compared()
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._compared() == other._compared()
 
     def __hash__(self) -> int:
         return hash(tuple(self._compared().values()))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._values().items())})"
 
     def __setattr__(self, name: str, value: object = None) -> None:
         from dataclasses import FrozenInstanceError
@@ -177,15 +184,18 @@ class _Record:
 
     __delattr__ = __setattr__
 
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._fields}
+
     def _compared(self) -> dict[str, Any]:
-        return vars(self)
+        return {name: value for name, value in self._values().items() if name not in self._uncompared}
 
     def _replace(self: _Same, **changes: Any) -> _Same:
-        return type(self)(**{**vars(self), **changes})
+        return type(self)(**{**self._values(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by their names."""
-        return dict(vars(self))
+        return self._values()
 
 
 # == Providers =====================================================================================
@@ -416,6 +426,8 @@ class _Setting:
         _SETTINGS[name] = self
 
     def __get__(self, config: Optional[Config], owner: type) -> Any:
+        if config is None and self.default is ...:
+            raise AttributeError(self.name)
         return self.default if config is None else vars(config)[self.name]
 
     def __set__(self, config: Config, value: Any) -> None:
@@ -509,7 +521,7 @@ class Config(_Record):
     __hash__ = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name, value in self._values().items():
             setattr(self, name, value)
 
     def _override(self, settings: Mapping[str, Any]) -> Config:
@@ -648,7 +660,7 @@ class Usage(_Record):
     cost: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(mine + others for mine, others in zip(self.__dict__.values(), other.__dict__.values())))
+        return Usage(*(mine + others for mine, others in zip(self._values().values(), other._values().values())))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Usage:
@@ -682,8 +694,7 @@ class Response(_Record):
     created: int = 0
     cached: bool = False
 
-    def _compared(self) -> dict[str, Any]:
-        return {**vars(self), "cached": None}
+    _uncompared = ("cached",)
 
     @property
     def full(self) -> str:
@@ -694,7 +705,7 @@ class Response(_Record):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by their names, `usage` as a dict; ``full`` is derived, so it is not among them."""
-        return {**self.__dict__, "usage": self.usage.to_dict()}
+        return {**self._values(), "usage": self.usage.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Response:
@@ -783,7 +794,7 @@ class Rollouts(_Record):
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, lists and values, for JSON."""
         return {
-            **self.__dict__,
+            **self._values(),
             "responses": [response.to_dict() for response in self.responses],
             "errors": [error.to_dict() for error in self.errors],
         }
@@ -1072,7 +1083,7 @@ def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
         in_message, in_body = _DIALECTS[dialect or "trailing"]
         messages[-1] = {**in_message, **messages[-1]}
         body.update(in_body)
-    body.update((name, value) for name, value in vars(config).items() if _SETTINGS[name].body)
+    body.update((name, value) for name, value in config.to_dict().items() if _SETTINGS[name].body)
     body.update(config.extra)
     if isinstance(config.provider, dict):
         body["provider"] = config.provider
@@ -1480,7 +1491,8 @@ class _Connection(http.client.HTTPConnection):
             self.connect()
         self.limit(self.sock)
         lines = (f"POST {selector} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "\r\n")
-        self.sock.sendall("\r\n".join(lines).encode("latin-1") + body)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its reply may have come before all was sent
+            self.sock.sendall("\r\n".join(lines).encode("latin-1") + body)
         reply = _Reply(self, self.sock, method="POST")
         reply.begin()
         return reply
@@ -1650,7 +1662,7 @@ class _Pacer:
         """Wait until a request may start, or until *stop* is set."""
         limit = per_minute or 1e12  # as good as none
         bucket = self._buckets.get(limit) or self._buckets.setdefault(limit, _Bucket(limit))
-        with bucket.turn:
+        with bucket.turn if per_minute else contextlib.nullcontext():
             while not stop.is_set():
                 now = _clock.now()
                 start = max(self._hold, bucket.next - (bucket.burst - 1) * bucket.gap)
@@ -2217,7 +2229,7 @@ def _release(transport: _Transport, caches: dict[tuple[str, str], _Cache]) -> No
         cache.close()
 
 
-def _signature_of_client(_: type) -> Any:
+def _signature_of_client() -> Any:
     from inspect import Parameter, Signature
 
     *settings, extra = Config.__signature__.parameters.values()
@@ -2238,7 +2250,7 @@ class RolloutsClient:
 
     _config: Config
 
-    __signature__ = _ClassProperty(_signature_of_client)
+    __signature__ = _Asked(lambda cls: _signature_of_client())
 
     def __init__(self, model: str, **settings: Any) -> None:
         self._config = Config(model)._override(settings)

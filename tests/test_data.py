@@ -8,10 +8,12 @@ import pickle
 import pprint
 import random
 import string
+import sys
 import typing
 import unittest
 from collections import Counter
 from typing import Any, Dict, List, Optional
+from unittest import mock
 
 from tests import rollouts
 
@@ -196,8 +198,13 @@ class OneResponse(unittest.TestCase):
 
         class Judged(Response):
             verdict: str = "none"
+            scale: typing.ClassVar[int] = 10
 
-        for cls in (Usage, Response, Rollouts, rollouts.Config, Marked, Judged):
+        @dataclasses.dataclass(frozen=True)
+        class Timed(Response):
+            seconds: float = 0.0
+
+        for cls in (Usage, Response, Rollouts, rollouts.Config, Marked, Judged, Timed):
             with self.subTest(cls=cls.__name__):
                 self.assertTrue(dataclasses.is_dataclass(cls))
                 names = [field.name for field in dataclasses.fields(cls)]
@@ -208,6 +215,12 @@ class OneResponse(unittest.TestCase):
         self.assertEqual(dataclasses.replace(response, seed=7).seed, 7)
         self.assertIn("content='4'", pprint.pformat(response))
         self.assertEqual(eval(repr(response)), response)
+        self.assertEqual(copy.copy(response), response)
+        self.assertEqual(response, mock.ANY)
+        if sys.version_info >= (3, 10):
+            self.assertEqual(Response.__match_args__, tuple(RESPONSE_FIELDS))
+        if sys.version_info >= (3, 13):
+            self.assertEqual(copy.replace(response, seed=7).seed, 7)
         self.assertEqual(Judged("4", verdict="right"), Judged(verdict="right", content="4"))
         self.assertEqual(Marked("4").full, "4")
         self.assertNotEqual(Marked("4"), Response("4"))

@@ -1,5 +1,7 @@
 """When requests start: backoff, what an API asks to wait, requests_per_minute; by a clock that only sleeping moves."""
 
+import asyncio
+import contextlib
 import email.utils
 import itertools
 import random
@@ -234,6 +236,32 @@ class Hold(Paced):
         self.halted()
         self.client(self.server).generate("second")
         self.assertEqual(self.clock.slept, [])
+
+    def test_what_is_cancelled_meanwhile_gives_its_thread_back(self):
+        asleep = threading.Semaphore(0)
+
+        def sleep(seconds, stop):
+            asleep.release()
+            stop.wait(60)
+
+        def generate(prompt):
+            with contextlib.suppress(rollouts.RolloutsError):  # closed, when the test is over
+                client.generate(prompt)
+
+        async def cancel():
+            task = asyncio.ensure_future(client.agenerate("third"))
+            self.assertTrue(await asyncio.get_running_loop().run_in_executor(None, asleep.acquire, True, 10))
+            task.cancel()
+
+        self.clock.sleep = sleep
+        other = self.serve(by_seed)
+        client = self.client(self.server, max_concurrency=3)
+        for prompt in ("first", "second"):
+            threading.Thread(target=generate, args=(prompt,)).start()
+            self.assertTrue(asleep.acquire(timeout=10))
+        asyncio.run(cancel())
+        client.generate("fourth", base_url=other.url)
+        self.assertEqual((len(self.server.requests), len(other.requests)), (1, 1))
 
     def test_what_is_not_told_holds_nobody(self):
         self.refusals = iter([Reply(503)])

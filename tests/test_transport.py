@@ -124,10 +124,10 @@ class Wired(unittest.TestCase):
         self.addCleanup(client.close)
         return client
 
-    def fails(self, server, *arguments, **settings):
+    def fails(self, server, *arguments, prompt="q", **settings):
         """The APIError of a call that has but one attempt."""
         with self.assertRaises(APIError) as caught:
-            self.client(server, **{"max_retries": 0, **settings}).generate("q", *arguments)
+            self.client(server, **{"max_retries": 0, **settings}).generate(prompt, *arguments)
         return caught.exception
 
 
@@ -241,6 +241,27 @@ class Connections(Wired):
         client = self.client(server, stream=True, max_concurrency=1, max_retries=0)
         self.assertEqual(client.generate("q", 5).get_contents(), ["42"] * 5)
         self.assertEqual(server.connections, 1)
+
+    def test_what_nobody_asked_for_answers_nothing(self):
+        second = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(GOOD), GOOD)
+        idle = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        for tls in (False, True):
+            for sent in (second, idle, b"\r\n"):
+                with self.subTest(tls=tls, sent=sent), mock.patch.dict(os.environ, SSL_CERT_FILE=CERTIFICATE):
+                    server = self.serve(tls=tls)
+                    client = self.client(server, max_retries=0)
+                    for seed in range(3):
+                        self.assertEqual(client.generate("q", seed=seed).get_contents(), [f"answer {seed}"])
+                        server.open[-1].sendall(sent)
+                    self.assertEqual((server.seeds(), server.connections), ([0, 1, 2], 3))
+
+    def test_a_refusal_that_comes_before_all_was_sent(self):
+        def serve(server, connection):
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 413 Request Entity Too Large\r\nContent-Length: 0\r\n\r\n")
+
+        error = self.fails(self.raw(serve), prompt="q" * 10**7)
+        self.assertEqual((error.status, error.retryable), (413, False))
 
     def test_tcp_keepalive(self):
         sockets = []
