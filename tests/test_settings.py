@@ -21,6 +21,18 @@ from tests.server import Reply, Request, Server, by_seed, chat, delta, events
 
 APIError, Config, RolloutsClient = rollouts.APIError, rollouts.Config, rollouts.RolloutsClient
 NAN, INF = float("nan"), float("inf")
+
+
+class Array:
+    """What compares as numpy's arrays do: to something that is neither true nor false."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value of an array is ambiguous")
+
+
 NOWHERE = "http://127.0.0.1:9/v1"  # nothing listens there, and no test sends anything to it
 
 SAMPLING = ("temperature", "top_p", "max_tokens", "top_k", "presence_penalty", "frequency_penalty")
@@ -28,13 +40,13 @@ SAMPLING = ("temperature", "top_p", "max_tokens", "top_k", "presence_penalty", "
 # What no setting takes, at the client as at the call.
 BAD: Dict[str, Any] = {
     "model": ["", "  ", None, 5, True, b"m", "a\nb", "a\0b", ["m"]],
-    "temperature": [-0.01, 2.01, NAN, INF, -INF, "0.7", True, False, [0.7], 1j, 10**400, Decimal("0.7")],
+    "temperature": [-0.01, 2.01, NAN, INF, -INF, "0.7", True, False, [0.7], 1j, 10**400, Decimal("0.7"), Array()],
     "top_p": [-0.1, 1.1, NAN, INF, "1", True, {}],
     "max_tokens": [0, -1, 1.0, 2.5, "100", True, NAN, INF, 2**63],
     "top_k": [-1, 1.0, "40", True, NAN],
     "presence_penalty": [-2.1, 2.1, NAN, INF, "0", False],
     "frequency_penalty": [-2.1, 2.1, NAN, INF, "0", False],
-    "seed": [-1, 1.0, "0", True, False, NAN, 2**63],
+    "seed": [-1, 1.0, "0", True, False, NAN, 2**63, Array()],
     "provider": ["", "nowhere", "open router", 5, True, ["together"], {"order": {1, 2}}, {"sort": NAN}],
     "base_url": [
         "",
