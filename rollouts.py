@@ -542,12 +542,7 @@ if Config.__doc__:  # absent under python -OO
         + ("." if setting.default is ... else f"; default {setting.default!r}.")
         for name, setting in _SETTINGS.items())
 
-_PRESETS = {
-    "deterministic": {"temperature": 0.0},
-    "focused": {"temperature": 0.3},
-    "balanced": {"temperature": 0.7},
-    "creative": {"temperature": 1.2},
-}
+_PRESETS = {"deterministic": 0.0, "focused": 0.3, "balanced": 0.7, "creative": 1.2}  # temperatures
 
 
 # == Errors ========================================================================================
@@ -2591,7 +2586,8 @@ def create_client(model: str, preset: str = "balanced", **settings: Any) -> Roll
 
     Presets: deterministic (temperature 0), focused (0.3), balanced (0.7), creative (1.2).
     """
-    return RolloutsClient(model, **{**_PRESETS[_choice(*_PRESETS).check("preset", preset)], **settings})
+    temperature = _PRESETS[_choice(*_PRESETS).check("preset", preset)]
+    return RolloutsClient(model, **{"temperature": temperature, **settings})
 
 
 def _after_fork() -> None:
