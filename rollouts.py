@@ -342,10 +342,8 @@ def _integer(low: int, high: int = 2**63 - 1) -> _Takes:
 
 def _choice(*options: Any) -> _Takes:
     def keep(value: Any) -> Any:
-        for option in options:  # by type too: 1 is not True
-            if type(value) is type(option) and value == option:
-                return option
-        raise ValueError
+        _require((type(value), value) in [(type(option), option) for option in options])  # 1 is not True
+        return value
 
     return _Takes("one of " + ", ".join(map(repr, options)), keep)
 
