@@ -272,6 +272,9 @@ _CANNOT_CONTINUE = (
 # its documentation are read from there.
 
 
+_SETTINGS: dict[str, _Setting] = {}  # in the order of Config, whose fields enter themselves
+
+
 class _Key(str):
     """An API key: shown by no repr, and None in every pickle."""
 
@@ -416,7 +419,7 @@ _FLAG = _choice(True, False)
 class _Setting:
     """A field of Config, which checks each value that it is given."""
 
-    def __init__(self, takes: _Takes, words: str, default: Any, body: bool) -> None:
+    def __init__(self, takes: _Takes, words: str, default: Any = ..., *, body: bool = False) -> None:
         self.takes, self.help, self.default, self.body = takes, words, default, body
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -435,11 +438,7 @@ class _Setting:
         return self.takes.check(self.name, value)
 
 
-_SETTINGS: dict[str, _Setting] = {}  # in the order of Config
-
-
-def _setting(takes: _Takes, words: str, default: Any = ..., *, body: bool = False) -> Any:
-    return _Setting(takes, words, default, body)
+_setting: Any = _Setting  # a field is annotated with the type of its value
 
 
 # Body fields that are no settings of ours, so that none of them is taken for a misspelling.
