@@ -432,10 +432,7 @@ class _Setting:
         return self.default if config is None else vars(config)[self.name]
 
     def __set__(self, config: Config, value: Any) -> None:
-        vars(config)[self.name] = self.check(value)
-
-    def check(self, value: Any) -> Any:
-        return self.takes.check(self.name, value)
+        vars(config)[self.name] = self.takes.check(self.name, value)
 
 
 _setting: Any = _Setting  # a field is annotated with the type of its value
@@ -525,7 +522,7 @@ class Config(_Record):
         """This configuration with *settings* in place; what is no setting goes into ``extra``."""
         known = {name: value for name, value in settings.items() if name in _SETTINGS}
         further = {name: value for name, value in settings.items() if name not in _SETTINGS}
-        extra = _SETTINGS["extra"].check(known.get("extra", {}))
+        extra = _SETTINGS["extra"].takes.check("extra", known.get("extra", {}))
         known["extra"] = {**self.extra, **extra, **further}
         config = self._replace(**known)
         for name in further:
