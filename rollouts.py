@@ -2271,8 +2271,8 @@ class RolloutsClient:
 
     def __repr__(self) -> str:
         settings = (
-            f", {name}={value!r}" for name, value in self._config.to_dict().items()
-            if name != "model" and value != getattr(Config("x"), name))
+            f", {name}={value!r}" for name, value in vars(self._config).items()
+            if name != "model" and value != _SETTINGS[name].default)
         return f"{type(self).__name__}({self.model!r}{''.join(settings)})"
 
     def __getstate__(self) -> dict[str, Any]:
