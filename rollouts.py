@@ -814,17 +814,17 @@ def _messages_of(prompt: Prompt) -> list[dict[str, Any]]:
             "prompt takes a str that is not empty, or a list of messages such as "
             "[{'role': 'user', 'content': 'Hello'}] (several prompts go to generate_many), "
             f"not {prompt!r:.200}")
-    if isinstance(prompt, str):
-        question, tag, thought = prompt.partition("<think>")
-        if "<think>" in thought:
-            _warn(
-                "the prompt has several <think> tags: the injection begins at the first. Pass a list of "
-                "messages to say where it begins.")
-        messages = [{"role": "user", "content": question.rstrip() if tag else question}]
-        if tag:
-            messages.append({"role": "assistant", "content": tag + thought})
-        return messages[1:] if tag and not question.strip() else messages
-    return [dict(message) for message in prompt]
+    if not isinstance(prompt, str):
+        return [dict(message) for message in prompt]
+    question, tag, thought = prompt.partition("<think>")
+    if not tag:
+        return [{"role": "user", "content": prompt}]
+    if "<think>" in thought:
+        _warn(
+            "the prompt has several <think> tags: the injection begins at the first. Pass a list of "
+            "messages to say where it begins.")
+    asked = [{"role": "user", "content": question.rstrip()}] if question.strip() else []
+    return [*asked, {"role": "assistant", "content": tag + thought}]
 
 
 def _text_of(content: Any, name: str = "text") -> str:
