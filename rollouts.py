@@ -891,10 +891,8 @@ def _read_message(
     if injected and "</think>" in injected and not continues:
         return None, thought + content, True  # a forced answer, also where a parser took it for a thought
 
-    closed = "</think>" in thought
-    if closed:
-        thought, _, rest = thought.partition("</think>")
-        content = rest + content
+    thought, tag, rest = thought.partition("</think>")
+    closed, content = bool(tag), rest + content
     if "</think>" in content and (continues or not thought or content.lstrip().startswith("<think>")):
         head, _, content = content.partition("</think>")
         before, tag, inside = head.partition("<think>")
