@@ -1189,7 +1189,7 @@ def _failure(
 
 def _refusal(api: _Api, status: int, headers: Mapping[str, str], data: Any, text: str = "") -> APIError:
     """The APIError for a reply of *status* whose body is *data*, or *text* where that is no JSON."""
-    error = data.get("error") or data if isinstance(data, dict) else {"message": data}
+    error = _dict(data).get("error") or data
     if not isinstance(error, dict):
         error = {"message": error}
     metadata = _dict(error.get("metadata"))
@@ -1201,10 +1201,8 @@ def _refusal(api: _Api, status: int, headers: Mapping[str, str], data: Any, text
         tags = r"<style.*?</style>|<script.*?</script>|<[^>]*>"
         message = "an HTML page: " + re.sub(tags, " ", message[:20_000], flags=re.DOTALL)
     wait = _asked_wait(status, headers, error, time.time())
-    retryable = _may_pass(status)
-    availability = _dict(error.get("availability")).get("retryable")
-    if isinstance(availability, bool):
-        retryable = availability
+    told = _dict(error.get("availability")).get("retryable")
+    retryable = told if isinstance(told, bool) else _may_pass(status)
     advice = None
     kinds = f"{error.get('code')} {error.get('type')} {metadata.get('limit_source')}"
     # A stated wait is obeyed even where the message speaks of a daily limit: Groq's waits are short.
