@@ -1552,7 +1552,8 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         if tunnel and "Proxy-Authorization" in headers:
             for_proxy["Proxy-Authorization"] = headers.pop("Proxy-Authorization")
         while True:
-            connection, kept = self._connection(request, tunnel, for_proxy)
+            connection = self._connection(request, tunnel, for_proxy)
+            kept = connection.sock is not None
             connection.deadline, connection.received = deadline, 0
             begun = time.monotonic()
             try:
@@ -1570,22 +1571,19 @@ class _Transport(urllib.request.AbstractHTTPHandler):
 
     def _connection(
         self, request: urllib.request.Request, tunnel: Optional[str], for_proxy: dict[str, str]
-    ) -> tuple[_Connection, bool]:
-        """A connection for *request*, and whether it is a kept one."""
+    ) -> _Connection:
+        """A connection for *request*: a kept one, or one that is still to be made."""
         key = (request.type, request.host, tunnel)
         while True:
             with self._lock:
                 idle = self._idle.get(key)
                 connection = idle.pop() if idle else None
-                oldest = None
                 if idle and time.monotonic() - idle[0].idle_since > _IDLE_CONNECTION:
-                    oldest = idle.pop(0)  # what a burst left over goes one by one
-            if oldest is not None:
-                oldest.close()
+                    idle.pop(0).close()  # what a burst left over goes one by one
             if connection is None:
                 break
             if connection.is_alive():
-                return connection, True
+                return connection
             connection.close()
         if request.type == "https":
             with self._lock:
@@ -1598,7 +1596,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         if tunnel:
             connection.set_tunnel(tunnel, headers=for_proxy)
         connection.key = key
-        return connection, False
+        return connection
 
 
 # == Pacing ========================================================================================
