@@ -2104,10 +2104,8 @@ class _Call:
         """The next sample to draw: the index of its request and its seed."""
         while True:
             with self._lock:
-                if self.over.is_set():
-                    return None
                 job = self._again.pop() if self._again else next(self._jobs, None)
-                if job is None:
+                if job is None or self.over.is_set():
                     return None
                 index, seed = job
                 if seed in self.outcomes[index]:
