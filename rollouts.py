@@ -2204,7 +2204,7 @@ _clients: weakref.WeakSet[RolloutsClient] = weakref.WeakSet()
 _of_the_parent: list[Any] = []
 
 
-def _release(transport: _Transport, caches: dict[tuple[str, str], _Cache]) -> None:
+def _release(transport: _Transport, caches: dict[tuple[type[_Cache], str], _Cache]) -> None:
     transport.close()
     for cache in list(caches.values()):
         cache.close()
@@ -2239,10 +2239,10 @@ class RolloutsClient:
 
     def _start(self) -> None:
         """Begin with nothing under way: when new, when unpickled, and in a forked child."""
-        self._lock = threading.Lock()  # protects _flights, _caches, _pacers and _calls
+        self._lock = threading.Lock()  # protects _flights and _calls; of the dicts below, setdefault alone is used
         # Samples under way by what makes them the same, with the calls that wait for each.
         self._flights: dict[Hashable, list[tuple[_Call, int]]] = {}
-        self._caches: dict[tuple[str, str], _Cache] = {}
+        self._caches: dict[tuple[type[_Cache], str], _Cache] = {}
         self._pacers: dict[str, _Pacer] = {}
         self._calls: set[_Call] = set()
         self._pool = _Pool(self._config.max_concurrency)
@@ -2436,11 +2436,9 @@ class RolloutsClient:
         api = _api_of(config)
         cache = None
         if config.use_cache:
-            kind = "sql" if config.use_cache == "sql" else "json"
-            with self._lock:
-                where = (kind, os.path.abspath(config.cache_dir))
-                cache = self._caches.get(where) or self._caches.setdefault(
-                    where, _SqlCache(where[1]) if kind == "sql" else _JsonCache(where[1]))
+            store: type[_Cache] = _SqlCache if config.use_cache == "sql" else _JsonCache
+            where = os.path.abspath(config.cache_dir)
+            cache = self._caches.setdefault((store, where), store(where))
         return _Call(config, api, cache, [_request_of(prompt, config, api) for prompt in prompts], n_samples)
 
     def _look_up(self, call: _Call) -> None:
@@ -2525,8 +2523,7 @@ class RolloutsClient:
     def _sample(self, call: _Call, request: _Request, seed: int) -> Optional[_Outcome]:
         """One sample, drawn and kept, after as many attempts as it takes; None where the call is over."""
         config, api = call.config, call.api
-        with self._lock:
-            pacer = self._pacers.setdefault(api.base_url, _Pacer())
+        pacer = self._pacers.setdefault(api.base_url, _Pacer())
         url = f"{api.base_url}/chat/completions"
         headers = {"Content-Type": "application/json", **dict(api.row.headers)}
         if api.key:
