@@ -2592,8 +2592,6 @@ def _at_exit() -> None:
     interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
     while not interrupted and any(client._pool.is_busy and client._pool.is_awaited for client in clients):
         time.sleep(0.02)
-    for client in clients:
-        client._release()
 
 
 if hasattr(os, "register_at_fork"):
