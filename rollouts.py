@@ -1877,8 +1877,6 @@ class _JsonCache:
                 if file.write(data) < len(data):  # a full disk takes a part, and says nothing
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.replace(draft, f"{place}/{name}")
-        except FileNotFoundError:
-            raise
         except BaseException:
             with contextlib.suppress(OSError):
                 os.remove(draft)
