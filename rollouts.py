@@ -1136,9 +1136,8 @@ def _asked_wait(status: int, headers: Mapping[str, str], error: Mapping[str, Any
         fields = {name.lower(): value for name, value in source.items()}
         told = fields.get("retry-after")
         waits += [_seconds(fields.get("retry-after-ms"), 0.001), _seconds(told)]
-        if told and _seconds(told) is None:
-            with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # nor a date: not there
-                waits.append(max(0.0, email.utils.parsedate_to_datetime(str(told)).timestamp() - now))
+        with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # a number, or not there: no date
+            waits.append(max(0.0, email.utils.parsedate_to_datetime(str(told)).timestamp() - now))
         reset = _seconds(fields.get("x-ratelimit-reset"), 0.001)
         if status == 429 and reset is not None and reset > 1e9:  # as milliseconds; others count seconds, or say "1s"
             waits.append(max(0.0, reset - now))
