@@ -1851,9 +1851,9 @@ class _JsonCache:
 
     def put(self, request: _Request, response: Response) -> None:
         """Store *response* so that it is there whole, or not at all."""
-        place, text = self._place(request.key), _dumped(response)
+        place, name, text = self._place(request.key), f"seed_{response.seed:05d}.json", _dumped(response)
         try:
-            self._write(place, f"seed_{response.seed:05d}.json", text)
+            self._write(place, name, text)
         except FileNotFoundError:  # the prompt's first: its directory comes to be with its request in it
             draft = f"{os.path.dirname(place)}/.{os.urandom(8).hex()}.tmp"
             os.makedirs(draft)
@@ -1863,7 +1863,7 @@ class _JsonCache:
             except OSError:  # another thread or process was first
                 os.remove(f"{draft}/request.json")
                 os.rmdir(draft)
-            self._write(place, f"seed_{response.seed:05d}.json", text)
+            self._write(place, name, text)
 
     @staticmethod
     def _write(place: str, name: str, text: str) -> None:
