@@ -1667,7 +1667,6 @@ class _Pacer:
 _REDRAW = 0.2  # seconds, on a terminal or in a notebook
 _LOG_LINE = 30.0  # seconds, into anything else
 
-
 _Tally = Counter[str]  # total, done, cached, retrying, failed; and cost, in US dollars
 
 
@@ -2063,7 +2062,6 @@ _PROBE: Prompt = (
     {"role": "user", "content": "What is the capital of France?"},
     {"role": "assistant", "content": "<think>\nBefore I come to that, a quick sum to warm up: 2 x 4 ="},
 )
-
 
 _Outcome = Union[Response, APIError]
 _Cache = Union[_JsonCache, _SqlCache]
