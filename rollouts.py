@@ -615,10 +615,7 @@ class _CannotContinue(ValueError):
 # What a call returns. No I/O here, and nothing that is stored twice.
 
 
-_Kept = TypeVar("_Kept", "Usage", "Response")
-
-
-def _from_dict(cls: type[_Kept], data: Any) -> _Kept:
+def _from_dict(cls: type[_Same], data: Any) -> _Same:
     """*cls* from the dict *data*, whose values are of the fields' types; unknown names are passed over."""
     types, values = _TYPES[cls], {}
     try:
