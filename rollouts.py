@@ -387,8 +387,7 @@ def _keep_base_url(value: str) -> str:
     _require(url.isprintable() and " " not in url and value.isascii())
     _require(not (parts.query or parts.fragment or "@" in parts.netloc), "no key, query or fragment in it")
     _require(parts.port != 0 and str(parts.hostname).encode("idna"))
-    url = url.rstrip("/")
-    return url[: -len("/chat/completions")] if url.endswith("/chat/completions") else url
+    return url.rstrip("/").removesuffix("/chat/completions")
 
 
 def _keep_path(value: Any) -> str:
