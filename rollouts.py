@@ -970,11 +970,11 @@ def split_sentences(text: str) -> list[str]:
                       or (match["stop"] and not _ends_sentence(text, start, match))):
             continue
         end = match.end() if match else len(text)
-        if parts and not re.search(r"\w", text[start:end]):
-            parts[-1] += text[start:end]
-        elif end > start:
-            parts.append(text[start:end])
-        start = end
+        part, start = text[start:end], end
+        if parts and not re.search(r"\w", part):
+            parts[-1] += part
+        elif part:
+            parts.append(part)
     return parts
 
 
