@@ -850,7 +850,7 @@ def _cut_echo(text: str, echo: str, certain: bool) -> str:
     as an echo only where that is *certain*.
     """
     echo = echo.lstrip()
-    if echo.strip() and (certain or len(echo) >= 40) and text.lstrip().startswith(echo):
+    if echo and (certain or len(echo) >= 40) and text.lstrip().startswith(echo):
         return text.lstrip()[len(echo):]
     return text
 
