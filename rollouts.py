@@ -867,9 +867,7 @@ def _without_echo(thought: str, content: str, injected: str, echoes: bool) -> tu
     return thought, rest if rest != content else _cut_echo(content, after if before else opened, echoes)
 
 
-def _read_message(
-    message: Mapping[str, Any], injected: Optional[str], echoes: bool = False
-) -> tuple[Optional[str], str, bool]:
+def _read_message(message: Mapping[str, Any], injected: str, echoes: bool) -> tuple[Optional[str], str, bool]:
     """A reply's (reasoning, content, completed_reasoning), whatever the server made of it.
 
     Servers put a thought into a field (the names differ), into a list, into the text between tags, or,
@@ -883,8 +881,8 @@ def _read_message(
     content = written = _text_of(parts) or _text_of(message.get("refusal"))
     if injected:
         thought, content = _without_echo(thought, content, injected, echoes)
-    continues = _leaves_open(injected or "")
-    if injected and "</think>" in injected and not continues:
+    continues = _leaves_open(injected)
+    if "</think>" in injected and not continues:
         return None, thought + content, True  # a forced answer, also where a parser took it for a thought
 
     thought, tag, rest = thought.partition("</think>")
@@ -1025,7 +1023,7 @@ class _Request(_Record):
 
     model: str
     prompt: Prompt
-    injected: Optional[str]
+    injected: str  # "" where nothing was
     body: str  # JSON, all but the seed, the streaming and the closing brace
     key: tuple[str, str, str]  # (model, parameters, messages): file names, the last two with hashes
     stored: str  # JSON of what the key stands for
@@ -1086,7 +1084,7 @@ def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
     stored = f'{{"base_url": {base_url}, "messages": {spoken}, {fields[1:]}'
     asked = prompt if isinstance(prompt, str) else _plain([dict(message) for message in prompt])
     key = (_file_name(config.model), parameters, _sha256(spoken)[:40])
-    return _Request(config.model, asked, injected, sent, key, stored)
+    return _Request(config.model, asked, injected or "", sent, key, stored)
 
 
 def _is_streamed(config: Config, row: _Provider) -> bool:
