@@ -2495,18 +2495,18 @@ class RolloutsClient:
             waiting = self._flights.pop(flight)
         shared = outcome._replace(cached=True) if waiting and isinstance(outcome, Response) else outcome
         for its_call, its_index, its in [(call, index, outcome), *((*other, shared) for other in waiting)]:
-            # One that has more retries than ours does not give up with it.
-            goes_on = isinstance(its, APIError) and its.retryable and (
-                its_call.config.max_retries > call.config.max_retries)
-            if its is not outcome and isinstance(its, Response):
-                its_call.say(seed, "from the same sample of another call")
-            if isinstance(its, (Response, APIError)) and not goes_on:
+            # One with more retries than ours does not give up with it, nor where ours was cancelled in between.
+            more = its_call.config.max_retries > call.config.max_retries
+            if its is None or (more and isinstance(its, APIError) and its.retryable):
+                if its_call is not call:
+                    its_call.put_back(its_index, seed)
+                    self._pool.submit(functools.partial(self._turn, its_call))
+            elif isinstance(its, (Response, APIError)):
+                if its is not outcome:
+                    its_call.say(seed, "from the same sample of another call")
                 its_call.record(its_index, seed, its)
-            elif isinstance(its, BaseException) and not goes_on:
+            else:
                 its_call.finish(its)
-            elif its_call is not call:  # nor where ours was cancelled between two attempts
-                its_call.put_back(its_index, seed)
-                self._pool.submit(functools.partial(self._turn, its_call))
         return True
 
     def _sample(self, call: _Call, request: _Request, seed: int) -> Optional[_Outcome]:
