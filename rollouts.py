@@ -1360,9 +1360,8 @@ class _Reader(io.RawIOBase):
     A socket's timeout starts anew with each byte, and OpenRouter pads a waiting reply with spaces.
     """
 
-    def __init__(self, connection: _Connection, sock: socket.socket) -> None:
+    def __init__(self, connection: _Connection) -> None:
         self._connection = connection
-        self._sock = sock
 
     def makefile(self, mode: str) -> io.BufferedReader:  # all that HTTPResponse asks of a socket
         return io.BufferedReader(self, 16384)
@@ -1371,8 +1370,8 @@ class _Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._connection.limit(self._sock)
-        count = self._sock.recv_into(buffer)
+        self._connection.limit()
+        count = self._connection.sock.recv_into(buffer)
         self._connection.received += count
         if self._connection.received > _LONGEST_REPLY:
             raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
@@ -1382,8 +1381,8 @@ class _Reader(io.RawIOBase):
 class _Reply(http.client.HTTPResponse):
     """A reply that knows its connection."""
 
-    def __init__(self, connection: _Connection, sock: socket.socket, **options: Any) -> None:
-        super().__init__(_Reader(connection, sock), **options)  # type: ignore[arg-type]
+    def __init__(self, connection: _Connection) -> None:
+        super().__init__(_Reader(connection))  # type: ignore[arg-type]
         self.connection = connection
 
     def begin(self) -> None:
@@ -1441,14 +1440,14 @@ class _Connection(http.client.HTTPConnection):
             raise TimeoutError("the deadline is over")
         return remaining
 
-    def limit(self, sock: socket.socket) -> None:
-        """Let *sock* wait until the deadline; a twentieth of a second is not worth the system call."""
+    def limit(self) -> None:
+        """Let the socket wait until the deadline; a twentieth of a second is not worth the system call."""
         remaining = self.remaining()
-        if abs((sock.gettimeout() or -1) - remaining) > 0.05:
-            sock.settimeout(remaining)
+        if abs((self.sock.gettimeout() or -1) - remaining) > 0.05:
+            self.sock.settimeout(remaining)
 
-    def response_class(self, sock: socket.socket, *_: Any, **options: Any) -> _Reply:  # type: ignore[override]
-        return _Reply(self, sock, **options)
+    def response_class(self, *_: Any, **__: Any) -> _Reply:  # type: ignore[override]
+        return _Reply(self)  # a proxy's, to CONNECT
 
     def connect(self) -> None:
         self.timeout = min(self.remaining(), _CONNECT_TIMEOUT)
@@ -1467,11 +1466,11 @@ class _Connection(http.client.HTTPConnection):
         """Send a request in one piece, where http.client sends its head first, and read its reply's head."""
         if self.sock is None:
             self.connect()
-        self.limit(self.sock)
+        self.limit()
         lines = (f"POST {selector} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "\r\n")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its reply may have come before all was sent
             self.sock.sendall("\r\n".join(lines).encode("latin-1") + body)
-        reply = _Reply(self, self.sock, method="POST")
+        reply = _Reply(self)
         reply.begin()
         return reply
 
@@ -1503,11 +1502,11 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         self._closed = False
 
     def post(
-        self, url: str, headers: Mapping[str, str], body: bytes, timeout: float,
+        self, url: str, headers: dict[str, str], body: bytes, timeout: float,
         read: Callable[[int, Mapping[str, str], Iterator[bytes]], Response],
     ) -> Response:
         """What *read* makes of the reply's status, headers and pieces, within *timeout* seconds in all."""
-        reply = self._opener.open(urllib.request.Request(url, body, dict(headers), method="POST"), timeout=timeout)
+        reply = self._opener.open(urllib.request.Request(url, body, headers), timeout=timeout)
         assert isinstance(reply, _Reply)
         connection, pieces = reply.connection, reply.pieces()
         try:
@@ -2199,15 +2198,6 @@ def _release(transport: _Transport, caches: dict[tuple[type[_Cache], str], _Cach
         cache.close()
 
 
-def _signature_of_client() -> Any:
-    from inspect import Parameter, Signature
-
-    *settings, extra = Config.__signature__.parameters.values()
-    return Signature([
-        settings[0], *(setting.replace(kind=Parameter.KEYWORD_ONLY) for setting in settings[1:]),
-        extra.replace(kind=Parameter.VAR_KEYWORD, annotation="Any", default=Parameter.empty)])
-
-
 class RolloutsClient:
     """Draws samples of prompts from one model.
 
@@ -2218,9 +2208,14 @@ class RolloutsClient:
     got and what it takes.
     """
 
-    _config: Config
+    @_Asked
+    def __signature__(cls) -> Any:
+        from inspect import Parameter, Signature
 
-    __signature__ = _Asked(lambda cls: _signature_of_client())
+        model, *settings, extra = Config.__signature__.parameters.values()
+        return Signature([
+            model, *(setting.replace(kind=Parameter.KEYWORD_ONLY) for setting in settings),
+            extra.replace(kind=Parameter.VAR_KEYWORD, annotation="Any", default=Parameter.empty)])
 
     def __init__(self, model: str, **settings: Any) -> None:
         self._config = Config(model)._override(settings)
