@@ -47,6 +47,7 @@ import io
 import itertools
 import json
 import math
+import numbers
 import os
 import random
 import re
@@ -316,18 +317,9 @@ def _require(condition: object, why: str = "") -> None:
         raise ValueError(why)
 
 
-def _is_number(value: Any, kind: str) -> bool:
-    """Whether *value* is of *kind*: Integral or Real. numpy's count, booleans do not."""
-    if type(value) is not int and not (type(value) is float and kind == "Real"):
-        import numbers
-
-        return isinstance(value, getattr(numbers, kind)) and not isinstance(value, bool)
-    return True
-
-
 def _number(low: float, high: float, *, above: bool = False) -> _Takes:
     def keep(value: Any) -> float:
-        _require(_is_number(value, "Real"))
+        _require(isinstance(value, numbers.Real) and not isinstance(value, bool))  # numpy's are, too
         _require(low <= value <= high and not (above and value == low))  # NaN fails here
         return float(value)
 
@@ -336,7 +328,7 @@ def _number(low: float, high: float, *, above: bool = False) -> _Takes:
 
 def _integer(low: int, high: int = 2**63 - 1) -> _Takes:
     def keep(value: Any) -> int:
-        _require(_is_number(value, "Integral"))
+        _require(isinstance(value, numbers.Integral) and not isinstance(value, bool))
         _require(low <= value <= high)
         return int(value)
 

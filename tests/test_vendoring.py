@@ -110,7 +110,7 @@ class Vendored(Folder):
             import sys
             sys.path.insert(0, sys.argv[1])
             import rollouts
-            late = {"sqlite3", "asyncio", "argparse", "difflib", "logging", "inspect", "numbers"} & set(sys.modules)
+            late = {"sqlite3", "asyncio", "argparse", "difflib", "logging", "inspect"} & set(sys.modules)
             print(*late)  # what few scripts use is imported where it is used (-OO drops an assert)
             """))
         self.assertEqual(output.strip(), "")
