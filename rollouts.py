@@ -2125,11 +2125,12 @@ class _Call:
         if self._tally is not None:
             _progress.count(self._tally, **more)
 
-    def say(self, seed: int, text: str) -> None:
+    def say(self, index: int, seed: int, text: str) -> None:
+        sample = f"prompt {index}, seed {seed}" if len(self.requests) > 1 else f"seed {seed}"
         if "logging" in sys.modules:  # else nobody listens, and importing it costs a quarter of importing us
-            sys.modules["logging"].getLogger(__name__).debug("seed %d: %s", seed, text)
+            sys.modules["logging"].getLogger(__name__).debug("%s: %s", sample, text)
         if self.config.verbose:
-            _progress.say(f"rollouts: seed {seed}: {text}")
+            _progress.say(f"rollouts: {sample}: {text}")
 
     def finish(self, failure: Optional[BaseException] = None) -> None:
         """End the call: nothing more is sent, and what still arrives is only cached."""
@@ -2421,10 +2422,10 @@ class RolloutsClient:
         """Take from the cache what is there."""
         if call.cache is None:
             return
-        for request, outcomes in zip(call.requests, call.outcomes):
+        for index, (request, outcomes) in enumerate(zip(call.requests, call.outcomes)):
             outcomes.update(call.cache.get(request, call.seeds, call.unusable))
             for seed in outcomes if call.config.verbose else ():
-                call.say(seed, "from the cache")
+                call.say(index, seed, "from the cache")
 
     def _launch(self, call: _Call) -> None:
         """Put to the pool what is still to be drawn."""
@@ -2474,8 +2475,8 @@ class RolloutsClient:
             # Another call may have finished this very sample since ours looked it up.
             stored = call.cache.get(request, range(seed, seed + 1), []) if call.cache else {}
             if seed in stored:
-                call.say(seed, "from the cache")
-            outcome = stored.get(seed) or self._sample(call, request, seed)
+                call.say(index, seed, "from the cache")
+            outcome = stored.get(seed) or self._sample(call, index, seed)
         except BaseException as error:  # a defect: it must not vanish with its thread
             outcome = error
         with self._lock:
@@ -2490,15 +2491,15 @@ class RolloutsClient:
                     self._pool.submit(functools.partial(self._turn, its_call))
             elif isinstance(its, (Response, APIError)):
                 if its is not outcome:
-                    its_call.say(seed, "from the same sample of another call")
+                    its_call.say(its_index, seed, "from the same sample of another call")
                 its_call.record(its_index, seed, its)
             else:
                 its_call.finish(its)
         return True
 
-    def _sample(self, call: _Call, request: _Request, seed: int) -> Optional[_Outcome]:
+    def _sample(self, call: _Call, index: int, seed: int) -> Optional[_Outcome]:
         """One sample, drawn and kept, after as many attempts as it takes; None where the call is over."""
-        config, api = call.config, call.api
+        config, api, request = call.config, call.api, call.requests[index]
         pacer = self._pacers.setdefault(api.base_url, _Pacer())
         url = f"{api.base_url}/chat/completions"
         headers = {"Content-Type": "application/json", **dict(api.row.headers)}
@@ -2525,16 +2526,16 @@ class RolloutsClient:
                     except OSError as error:
                         call.unwritten.append(str(error))
                 tokens, took = response.usage.completion_tokens, time.monotonic() - begun
-                call.say(seed, f"{tokens} tokens in {took:.1f} s, {response.finish_reason}")
+                call.say(index, seed, f"{tokens} tokens in {took:.1f} s, {response.finish_reason}")
                 return response
             if failure.retryable and failure.retry_after:
                 pacer.hold(failure.retry_after)
             if not failure.retryable or attempt >= config.max_retries:
-                call.say(seed, f"failed: {failure}")
+                call.say(index, seed, f"failed: {failure}")
                 return failure._of(seed)
             wait = _next_wait(failure, attempt, _clock.chance())
             attempt += 1
-            call.say(seed, f"attempt {attempt} failed, the next one in {wait:.1f} s: {failure}")
+            call.say(index, seed, f"attempt {attempt} failed, the next one in {wait:.1f} s: {failure}")
             call.count(retrying=1)
             _clock.sleep(wait, call.over)
             call.count(retrying=-1)

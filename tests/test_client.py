@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tempfile
 import threading
 import time
@@ -392,6 +393,14 @@ class Verbose(Places, unittest.TestCase):
         for use_cache in (True, False):
             lines = self.said(client.generate_many, ["hi", "hi"], 1, verbose=True, use_cache=use_cache)
             self.assertEqual(len(lines), 2, lines)
+
+    def test_of_several_prompts_it_says_which(self) -> None:
+        client = self.client(base_url=self.server().url, verbose=True)
+        client.generate("b", 2, verbose=False)
+        self.assertEqual(
+            sorted(re.sub("[0-9]+ tokens.*", "drawn", line) for line in self.said(client.generate_many, ["a", "b"], 2)),
+            [f"rollouts: prompt {index}, seed {seed}: {what}"
+             for index, what in enumerate(("drawn", "from the cache")) for seed in (0, 1)])
 
     def test_the_key_is_not_said(self) -> None:
         server = self.server(Reply(401, {"error": {"message": "no such key: sk-secret"}}))

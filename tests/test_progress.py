@@ -11,8 +11,8 @@ import tempfile
 import threading
 import time
 import unittest
-from collections import Counter
 import warnings
+from collections import Counter
 from dataclasses import replace
 from typing import Any, Callable, Iterator, List, Optional
 
