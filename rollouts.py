@@ -144,6 +144,7 @@ class _Record:
 
     _kinds: ClassVar[dict[str, Any]] = {}  # the annotations of the fields, in order
     _fields: ClassVar[dict[str, Any]] = {}  # their defaults; ... where there is none
+    _required: ClassVar[set[str]] = set()
     _uncompared: ClassVar[tuple[str, ...]] = ()
     __signature__: ClassVar[Any]
 
@@ -152,6 +153,7 @@ class _Record:
         own = cls.__annotations__ if sys.version_info >= (3, 10) else vars(cls).get("__annotations__", {})
         cls._kinds = {**cls._kinds, **{name: kind for name, kind in own.items() if "ClassVar" not in str(kind)}}
         cls._fields = {name: getattr(cls, name, ...) for name in cls._kinds}
+        cls._required = {name for name, default in cls._fields.items() if default is ...}
         for name in "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__replace__", "__signature__":
             setattr(cls, name, _Asked(lambda cls, name=name: getattr(_dataclass_of(cls), name)))  # type: ignore[misc]
 
@@ -159,8 +161,8 @@ class _Record:
         given, fields = {**dict(zip(self._fields, values)), **named}, vars(self)
         fields.update(self._fields)
         fields.update(given)
-        missing = any(value is ... for value in fields.values())
-        if missing or len(given) < len(values) + len(named) or len(fields) > len(self._fields):
+        wrong = len(given) < len(values) + len(named) or len(fields) > len(self._fields)
+        if wrong or not given.keys() >= self._required:
             self.__signature__.bind(*values, **named)  # raises the TypeError that says what is wrong
         self.__post_init__()
 
