@@ -17,6 +17,7 @@ from unittest import mock
 
 from tests import rollouts
 from tests.server import Reply, Request, Server, by_seed, chat
+from tests.test_pacing import Clock
 
 APIError, RolloutsClient, Usage = rollouts.APIError, rollouts.RolloutsClient, rollouts.Usage
 HUGE = 10**400  # an integer that no float holds
@@ -32,26 +33,13 @@ def environment(**variables: str) -> Iterator[None]:
         yield
 
 
-class Still:
-    """A clock that waits for nobody."""
-
-    def now(self) -> float:
-        return 0.0
-
-    def chance(self) -> float:
-        return 0.5
-
-    def sleep(self, seconds: float, stop: threading.Event) -> None:
-        pass
-
-
 class Places:
     """A cache directory for each test, an environment without keys, and no waiting."""
 
     def setUp(self: Any) -> None:
         self.cache_dir = self.enter(tempfile.TemporaryDirectory())
         self.enter(environment())
-        self.enter(mock.patch.object(rollouts, "_clock", Still()))
+        self.enter(mock.patch.object(rollouts, "_clock", Clock(0.5)))
 
     def enter(self: Any, context: Any) -> Any:
         value = context.__enter__()

@@ -18,6 +18,7 @@ from unittest import mock
 
 from tests import rollouts
 from tests.server import Gate, Reply, Server, by_seed, chat
+from tests.test_pacing import Clock
 
 RolloutsClient, APIError, RolloutsError = rollouts.RolloutsClient, rollouts.APIError, rollouts.RolloutsError
 
@@ -53,23 +54,7 @@ def busy():
     return False
 
 
-class NoWaiting:
-    """A clock whose sleeps are over at once."""
-
-    def __init__(self):
-        self.time = 0.0
-
-    def now(self):
-        return self.time
-
-    def chance(self):
-        return 0.5
-
-    def sleep(self, seconds, stop):
-        self.time += seconds
-
-
-class LongSleeps(NoWaiting):
+class LongSleeps(Clock):
     """A clock whose sleeps end only with the call, and that tells when one has begun."""
 
     def __init__(self):
@@ -171,7 +156,7 @@ class Identical(Fixture, unittest.TestCase):
 
     def test_a_failure_that_may_pass_does_not_use_up_the_attempts_of_others(self):
         """The first to ask has no retries; who waits for the same sample has some."""
-        self.clock(NoWaiting())
+        self.clock(Clock())
         gate = Gate(lambda request: by_seed(request) if request.seed or len(server.requests) > 2 else Reply(500))
         server = self.serve(gate)
         client = self.client(server)

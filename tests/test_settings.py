@@ -1,23 +1,23 @@
 """Settings: what they take, which request they make, where the key goes."""
 
-import contextlib
 import copy
 import dataclasses
 import inspect
 import numbers
 import os
 import pathlib
-import tempfile
 import threading
 import unittest
 import warnings
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Dict, Iterator
+from typing import Any, Dict
 from unittest import mock
 
 from tests import rollouts
 from tests.server import Reply, Request, Server, by_seed, chat, delta, events
+from tests.test_client import Places, environment
+from tests.test_pacing import Clock
 
 APIError, Config, RolloutsClient = rollouts.APIError, rollouts.Config, rollouts.RolloutsClient
 NAN, INF = float("nan"), float("inf")
@@ -158,33 +158,11 @@ class Integer:
 numbers.Integral.register(Integer)
 
 
-@contextlib.contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """The environment without anybody's keys, addresses and proxies, but with *variables*."""
-    kept = {
-        name: value for name, value in os.environ.items()
-        if not name.upper().endswith(("_API_KEY", "_BASE_URL", "_PROXY"))}
-    with mock.patch.dict(os.environ, {**kept, **variables}, clear=True):
-        yield
-
-
-class Case(unittest.TestCase):
-    """A cache directory for each test, and an environment without keys."""
-
-    def setUp(self) -> None:
-        self.cache_dir = self.enter(tempfile.TemporaryDirectory())
-        self.enter(environment())
-
-    def enter(self, context: Any) -> Any:
-        value = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-        return value
-
-    def server(self, script: Any = by_seed) -> Server:
-        return self.enter(Server(script))
+class Case(Places, unittest.TestCase):
+    """With one attempt for each sample."""
 
     def client(self, model: str = "m", **settings: Any) -> RolloutsClient:
-        return self.enter(RolloutsClient(model, **{**self.quiet(), **settings}))
+        return super().client(model, **{**self.quiet(), **settings})
 
     def quiet(self) -> Dict[str, Any]:
         return {"cache_dir": self.cache_dir, "progress_bar": False, "max_retries": 0}
@@ -599,9 +577,9 @@ class Wire(Case):
         server, clock = self.server(), Clock()
         with mock.patch.object(rollouts, "_clock", clock):
             self.client(base_url=server.url).generate("hi", 3, use_cache=False)
-            self.assertEqual(clock.time, 0)
+            self.assertEqual(clock.slept, [])
             self.client(base_url=server.url).generate("hi", 3, requests_per_minute=6)
-            self.assertGreaterEqual(clock.time, 20)  # the first at once, the next two ten seconds apart
+            self.assertGreaterEqual(sum(clock.slept), 20)  # the first at once, the next two ten seconds apart
             before = clock.time
             self.client(base_url=server.url, requests_per_minute=6).generate("ho", 3, requests_per_minute=None)
             self.assertEqual(clock.time, before)
@@ -631,24 +609,6 @@ class Crowd:
         with self.lock:
             self.under_way -= 1
         return by_seed(request)
-
-
-class Clock:
-    """A clock that waits for nobody."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-        self.lock = threading.Lock()
-
-    def now(self) -> float:
-        return self.time
-
-    def chance(self) -> float:
-        return 0.5
-
-    def sleep(self, seconds: float, stop: threading.Event) -> None:
-        with self.lock:
-            self.time += seconds
 
 
 class Keys(Case):
