@@ -274,7 +274,6 @@ _CANNOT_CONTINUE = (
 # default and its help stand in its one row; validation, the client's signature, its attributes and
 # its documentation are read from there.
 
-
 _SETTINGS: dict[str, _Setting] = {}  # in the order of Config, whose fields enter themselves
 
 
@@ -420,16 +419,17 @@ class _Setting:
         _SETTINGS[name] = self
 
     def __get__(self, config: Optional[Config], owner: type) -> Any:
-        if config is None and self.default is ...:
+        if config is not None:
+            return vars(config)[self.name]
+        if self.default is ...:
             raise AttributeError(self.name)
-        return self.default if config is None else vars(config)[self.name]
+        return self.default
 
     def __set__(self, config: Config, value: Any) -> None:
         vars(config)[self.name] = self.takes.check(self.name, value)
 
 
 _setting: Any = _Setting  # a field is annotated with the type of its value
-
 
 # Body fields that are no settings of ours, so that none of them is taken for a misspelling.
 _FURTHER_FIELDS = (
