@@ -608,9 +608,18 @@ class _CannotContinue(ValueError):
 # What a call returns. No I/O here, and nothing that is stored twice.
 
 
+@functools.cache
+def _types_of(cls: Any) -> dict[str, tuple[type, ...]]:
+    """What each field of *cls* holds: the type of its default; where that is None, a str or None."""
+    return {
+        name: (str,) if default is ... else (str, type(None)) if default is None
+        else (int, float) if name == "cost" else (type(default),)
+        for name, default in cls._fields.items()}
+
+
 def _from_dict(cls: type[_Same], data: Any) -> _Same:
     """*cls* from the dict *data*, whose values are of the fields' types; unknown names are passed over."""
-    types, values = _TYPES[cls], {}
+    types, values = _types_of(cls), {}
     try:
         for name, value in data.items():
             if name in types:
@@ -690,15 +699,6 @@ class Response(_Record):
     def from_dict(cls, data: Mapping[str, Any]) -> Response:
         """The Response that to_dict() described; ValueError for anything else."""
         return _from_dict(cls, {**_dict(data), "usage": Usage.from_dict(_dict(data).get("usage", {}))})
-
-
-# What a field holds: the type of its default; where that is None, a str or None.
-_TYPES: dict[type, dict[str, tuple[type, ...]]] = {
-    cls: {
-        name: (str,) if default is ... else (str, type(None)) if default is None
-        else (int, float) if name == "cost" else (type(default),)
-        for name, default in cls._fields.items()}
-    for cls in (Usage, Response)}
 
 
 class Rollouts(_Record):

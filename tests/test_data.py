@@ -222,6 +222,7 @@ class OneResponse(unittest.TestCase):
         if sys.version_info >= (3, 13):
             self.assertEqual(copy.replace(response, seed=7).seed, 7)
         self.assertEqual(Judged("4", verdict="right"), Judged(verdict="right", content="4"))
+        self.assertEqual(Judged.from_dict(Judged("4", verdict="right").to_dict()), Judged("4", verdict="right"))
         self.assertEqual(Marked("4").full, "4")
         self.assertNotEqual(Marked("4"), Response("4"))
 
