@@ -619,7 +619,7 @@ def _types_of(cls: Any) -> dict[str, tuple[type, ...]]:
 
 def _from_dict(cls: type[_Same], data: Any) -> _Same:
     """*cls* from the dict *data*, whose values are of the fields' types; unknown names are passed over."""
-    types, values = _types_of(cls), {}
+    types, values = _types_of(cls), {}  # type: ignore[arg-type]  # mypy thinks that no class is Hashable
     try:
         for name, value in data.items():
             if name in types:
