@@ -129,7 +129,7 @@ def _dataclass_of(cls: Any) -> Any:
         return dataclasses.field(compare=name not in cls._uncompared, **options)
 
     made = dataclasses.make_dataclass(
-        cls.__name__, [(name, cls._kinds[name], field(name, default)) for name, default in cls._fields.items()],
+        cls.__name__, [(name, cls._kinds[name], field(name, default)) for name, default in cls._defaults.items()],
         frozen=cls.__setattr__ is _Record.__setattr__)
     made.__signature__ = inspect.signature(made)  # type: ignore[attr-defined]
     return made
@@ -142,8 +142,8 @@ _Same = TypeVar("_Same", bound="_Record")
 class _Record:
     """Values by their names, compared and shown by them, and not to be changed."""
 
-    _kinds: ClassVar[dict[str, Any]] = {}  # the annotations of the fields, in order
-    _fields: ClassVar[dict[str, Any]] = {}  # their defaults; ... where there is none
+    _kinds: ClassVar[dict[str, Any]] = {}  # the fields' annotations, in order
+    _defaults: ClassVar[dict[str, Any]] = {}  # … and defaults; ... where there is none
     _required: ClassVar[set[str]] = set()
     _uncompared: ClassVar[tuple[str, ...]] = ()
     __signature__: ClassVar[Any]
@@ -152,16 +152,16 @@ class _Record:
         super().__init_subclass__(**options)
         own = cls.__annotations__ if sys.version_info >= (3, 10) else vars(cls).get("__annotations__", {})
         cls._kinds = {**cls._kinds, **{name: kind for name, kind in own.items() if "ClassVar" not in str(kind)}}
-        cls._fields = {name: getattr(cls, name, ...) for name in cls._kinds}
-        cls._required = {name for name, default in cls._fields.items() if default is ...}
+        cls._defaults = {name: getattr(cls, name, ...) for name in cls._kinds}
+        cls._required = {name for name, default in cls._defaults.items() if default is ...}
         for name in "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__replace__", "__signature__":
             setattr(cls, name, _Asked(lambda cls, name=name: getattr(_dataclass_of(cls), name)))  # type: ignore[misc]
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        given, fields = {**dict(zip(self._fields, values)), **named}, vars(self)
-        fields.update(self._fields)
+        given, fields = {**dict(zip(self._defaults, values)), **named}, vars(self)
+        fields.update(self._defaults)
         fields.update(given)
-        wrong = len(given) < len(values) + len(named) or len(fields) > len(self._fields)
+        wrong = len(given) < len(values) + len(named) or len(fields) > len(self._defaults)
         if wrong or not given.keys() >= self._required:
             self.__signature__.bind(*values, **named)  # raises the TypeError that says what is wrong
         self.__post_init__()
@@ -188,7 +188,7 @@ class _Record:
     __delattr__ = __setattr__
 
     def _values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._fields}
+        return {name: getattr(self, name) for name in self._defaults}
 
     def _compared(self) -> dict[str, Any]:
         return {name: value for name, value in self._values().items() if name not in self._uncompared}
@@ -386,14 +386,14 @@ def _keep_base_url(value: str) -> str:
 def _keep_path(value: Any) -> str:
     path = os.fspath(value)
     _require(isinstance(path, str) and path and "\0" not in path)
-    return str(path)
+    return os.path.expanduser(str(path))  # a directory named "~" is a trap for whoever clears it
 
 
 def _keep_extra(value: Mapping[str, Any]) -> dict[str, Any]:
     for name, given in value.items():
         _require(isinstance(name, str) and name not in _SETTINGS, f"{name} is a setting of its own")
-        if re.fullmatch(r"keys?|.*api_?keys?|((api|access|auth)_?)?token|authorization|(extra_)?headers", name, re.I):
-            raise _Refused(f"{name} is not taken: pass a key as api_key")
+        if re.fullmatch(r"keys?|.*api_?keys?|((api|access|auth)_?)?token|authorization|(.*_)?headers", name, re.I):
+            raise _Refused(f"{name} is not taken: a key is passed as api_key, and headers cannot be set")
         if name in ("logprobs", "top_logprobs") and given not in (None, False):
             raise NotImplementedError(
                 f"{name} is not supported: through OpenRouter, providers answer it inconsistently or not "
@@ -439,10 +439,12 @@ _FURTHER_FIELDS = (
     "session_id", "stop", "thinking", "tool_choice", "tools", "top_a", "transforms", "typical_p", "user", "verbosity",
 )
 
-# What other libraries call our settings.
+# What other libraries call our settings, and what belongs elsewhere.
 _OTHER_NAMES = {
-    "cache": "use_cache", "max_workers": "max_concurrency", "retries": "max_retries", "rpm": "requests_per_minute",
-    "temp": "temperature", "url": "base_url", "workers": "max_concurrency",
+    "at": "resample(at=…)", "cache": "use_cache", "extra_body": "its fields, as keywords of their own",
+    "max_workers": "max_concurrency", "n_samples": "generate(prompt, n_samples)", "preset": "create_client(preset=…)",
+    "retries": "max_retries", "rpm": "requests_per_minute", "suffix": "resample(suffix=…)", "system": "a message of "
+    "that role", "temp": "temperature", "url": "base_url", "workers": "max_concurrency",
 }
 
 
@@ -452,8 +454,8 @@ def _warn_of_misspelling(name: str) -> None:
     if name in _FURTHER_FIELDS:
         return
     known = [*_SETTINGS, *_FURTHER_FIELDS, "n_samples", "suffix"]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    for meant in [_OTHER_NAMES[name]] if name in _OTHER_NAMES else close:
+    for meant in [name] if name in _OTHER_NAMES else difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+        meant = _OTHER_NAMES.get(meant, meant)
         _warn(f"{name} is no setting, so it goes into the request as it is: did you mean {meant}?")
 
 
@@ -503,9 +505,13 @@ class Config(_Record):
         _Takes("a dict of further body fields that JSON can hold", _keep_extra),
         "further fields of the body, sent as they are; further keywords of a client land here", {})
 
-    # To be changed, unlike other records, and checked again.
-    __setattr__ = object.__setattr__  # type: ignore[assignment]
     __hash__ = None  # type: ignore[assignment]
+
+    def __setattr__(self, name: str, value: object = None) -> None:
+        """Change a setting, which no other record lets you, and check it."""
+        if name not in self._defaults:
+            raise AttributeError(f"{name} is no setting")
+        object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
         for name, value in self._values().items():
@@ -523,8 +529,9 @@ class Config(_Record):
         return config
 
 
-if Config.__doc__:  # absent under python -OO
-    Config.__doc__ += "\n    " + "\n    ".join(
+if Config.__doc__:  # absent under python -OO; from Python 3.13 on not indented
+    _indent = "\n    " if "\n    " in Config.__doc__ else "\n"
+    Config.__doc__ += _indent + _indent.join(
         f"{name}: {setting.help}. Takes {setting.takes.words}"
         + ("." if setting.default is ... else f"; default {setting.default!r}.")
         for name, setting in _SETTINGS.items())
@@ -574,6 +581,10 @@ class APIError(RolloutsError):
         head = " ".join(filter(None, (self.provider, status)))
         return ": ".join(filter(None, (head, self.message))) + (f" -> {self.advice}" if self.advice else "")
 
+    def __repr__(self) -> str:
+        told = {name: value for name, value in self.to_dict().items() if name not in ("message", "advice") and value}
+        return f"APIError({', '.join([repr(self.message), *(f'{name}={value!r}' for name, value in told.items())])})"
+
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.to_dict() == other.to_dict()
 
@@ -614,7 +625,7 @@ def _types_of(cls: Any) -> dict[str, tuple[type, ...]]:
     return {
         name: (str,) if default is ... else (str, type(None)) if default is None
         else (int, float) if name == "cost" else (type(default),)
-        for name, default in cls._fields.items()}
+        for name, default in cls._defaults.items()}
 
 
 def _from_dict(cls: type[_Same], data: Any) -> _Same:
@@ -624,11 +635,11 @@ def _from_dict(cls: type[_Same], data: Any) -> _Same:
         for name, value in data.items():
             if name in types:
                 if type(value) not in types[name]:
-                    raise TypeError(f"{name} is a {type(value).__name__}")
+                    raise TypeError(f"{name} is of type {type(value).__name__}")
                 values[name] = value
         return cls(**values)
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"no {cls.__name__}: {error}") from None
+        raise ValueError(f"not a {cls.__name__}: {error}") from None
 
 
 class Usage(_Record):
@@ -648,7 +659,12 @@ class Usage(_Record):
     cost: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
+        if not isinstance(other, Usage):
+            return NotImplemented
         return Usage(*(mine + others for mine, others in zip(self._values().values(), other._values().values())))
+
+    def __radd__(self, other: int) -> Usage:
+        return self if other == 0 else NotImplemented  # where sum() begins
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Usage:
@@ -663,7 +679,7 @@ class Response(_Record):
     reasoning: the thought, or None where the model showed none.
     completed_reasoning: False while a thought is still open (it was cut off, or never closed).
     finish_reason: 'stop', 'length', 'content_filter', … as the API says it, or None.
-    seed: the seed it was asked for with.  usage: what it consumed.
+    seed: that of its request.  usage: what it consumed.
     model, provider: who really answered, as far as the API tells.
     response_id, created (Unix seconds): the API's.
     cached: True where this call sent no request for it: it was in the cache, or another call under
@@ -780,12 +796,15 @@ class Rollouts(_Record):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rollouts:
-        """The Rollouts that to_dict() described."""
-        return cls(**{
-            **data,
-            "responses": [Response.from_dict(response) for response in data["responses"]],
-            "errors": [APIError.from_dict(error) for error in data["errors"]],
-        })
+        """The Rollouts that to_dict() described; ValueError for anything else."""
+        try:
+            return cls(**{
+                **data,
+                "responses": [Response.from_dict(response) for response in data["responses"]],
+                "errors": [APIError.from_dict(error) for error in data["errors"]],
+            })
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a {cls.__name__}: {error}") from None
 
 
 # == Reasoning =====================================================================================
@@ -1662,8 +1681,11 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
-def _format_progress(tally: _Tally, elapsed: float, width: int) -> str:
-    """The line for *tally* after *elapsed* seconds, in less than *width* columns: what matters most first."""
+def _format_progress(tally: _Tally, elapsed: float, width: int, reason: str = "") -> str:
+    """The line for *tally* after *elapsed* seconds, in less than *width* columns: what matters most first.
+
+    *reason* is why something is retried, and is said where nothing has been drawn yet.
+    """
     done, total, cost = tally["done"], tally["total"], tally["cost"]
     rate = (done - tally["cached"]) / elapsed if elapsed > 0 else 0.0
     counts = [f"{done}/{total}"]
@@ -1676,6 +1698,8 @@ def _format_progress(tally: _Tally, elapsed: float, width: int) -> str:
     for count in counts[1:]:
         if len(line) + len(count) + 2 < width:
             line += ", " + count
+    if reason and tally["retrying"] and done == tally["cached"]:
+        line += f": {reason}"
     room = min(width - len(line) - 4, 30)
     if room >= 5 and total:
         filled = room * done // total
@@ -1712,6 +1736,7 @@ class _Progress:
         self._logged = False
         self._ended = threading.Event()
         self._ended.set()
+        self.reason = ""  # why the latest attempt failed
 
     def begin(self, total: int, cached: int) -> _Tally:
         """Count *total* samples as under way, *cached* of them as done; the tally takes what follows."""
@@ -1720,13 +1745,21 @@ class _Progress:
                 self._tally, self._since, self._logged = _Tally(), time.monotonic(), False
             self._active += 1
             self.count(self._tally, total=total, done=cached, cached=cached)
-            # A single sample gets no line; a second one, of this call or of another, brings it up.
-            if self._tally["total"] > 1 and self._ended.is_set():
-                ended = threading.Event()
-                with contextlib.suppress(RuntimeError):  # no thread is to be had: no line
-                    threading.Thread(target=self._draw, args=(ended,), name="rollouts-progress", daemon=True).start()
-                    self._ended = ended
+            self._show()
             return self._tally
+
+    def show(self) -> None:
+        """Bring up the line where there is something to say."""
+        with self._lock:
+            self._show()
+
+    def _show(self) -> None:
+        # A single sample gets no line, unless it is retried; a second one, of this call or of another, brings it up.
+        if self._active and self._ended.is_set() and (self._tally["total"] > 1 or self._tally["retrying"]):
+            ended = threading.Event()
+            with contextlib.suppress(RuntimeError):  # no thread is to be had: no line
+                threading.Thread(target=self._draw, args=(ended,), name="rollouts-progress", daemon=True).start()
+                self._ended = ended
 
     def count(self, tally: _Tally, **more: Any) -> None:
         """Add to the counts of *tally*."""
@@ -1765,7 +1798,7 @@ class _Progress:
                     self._logged = True
 
     def _line(self, width: int) -> str:
-        return _format_progress(self._tally, time.monotonic() - self._since, width)
+        return _format_progress(self._tally, time.monotonic() - self._since, width, self.reason)
 
     def _erase(self) -> None:
         if self._shown:
@@ -2235,6 +2268,9 @@ class RolloutsClient:
             return getattr(self._config, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *_SETTINGS]
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SETTINGS:
             raise AttributeError(f"{name} is fixed: pass {name}=… to a call, or make another client")
@@ -2382,7 +2418,7 @@ class RolloutsClient:
         self._look_up(call)
         with self._under_way(call):
             while not call.over.wait(0.5):  # not one long wait, which Ctrl-C cannot break on Windows
-                pass
+                _progress.show()
         return call.results()
 
     @contextlib.contextmanager
@@ -2538,6 +2574,7 @@ class RolloutsClient:
             wait = _next_wait(failure, attempt, _clock.chance())
             attempt += 1
             call.say(index, seed, f"attempt {attempt} failed, the next one in {wait:.1f} s: {failure}")
+            _progress.reason = str(failure)
             call.count(retrying=1)
             _clock.sleep(wait, call.over)
             call.count(retrying=-1)
@@ -2593,9 +2630,12 @@ def _main() -> int:
     parser.add_argument("--model", required=True, help=_SETTINGS["model"].help)
     for name, kind in (("seed", int), ("temperature", float), ("top_p", float), ("max_tokens", int), ("provider", str),
                        ("base_url", str), ("cache_dir", str), ("requests_per_minute", float), ("timeout", float)):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=_SETTINGS[name].help)
-    for flag, dest, value in (("--no-cache", "use_cache", False), ("--verbose", "verbose", True)):
-        parser.add_argument(flag, dest=dest, action="store_const", const=value, help=f"{dest}={value}")
+        default = _SETTINGS[name].default
+        words = _SETTINGS[name].help.partition(", or")[0] + (f" (default {default})" if default is not None else "")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=words)
+    for flag, dest, value, words in (("--no-cache", "use_cache", False, "neither read the cache nor write to it"),
+                                     ("--verbose", "verbose", True, _SETTINGS["verbose"].help)):
+        parser.add_argument(flag, dest=dest, action="store_const", const=value, help=words)
     settings = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     prompt, n_samples = settings.pop("prompt"), settings.pop("n_samples")
     try:
@@ -2604,7 +2644,9 @@ def _main() -> int:
         for response in rollouts:
             print(json.dumps({**response.to_dict(), "full": response.full}))
         sys.stdout.flush()
-    except (ValueError, RolloutsError) as error:
+    except ValueError as error:
+        parser.error(str(error))  # status 2
+    except RolloutsError as error:
         sys.exit(f"rollouts: {error}")  # status 1
     except KeyboardInterrupt:
         return 130

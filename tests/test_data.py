@@ -239,6 +239,9 @@ class OneResponse(unittest.TestCase):
     def test_usage_adds_up(self) -> None:
         self.assertEqual(Usage(1, 2, 3, 4, 5, 0.5) + Usage(10, 20, 30, 40, 50, 0.25), Usage(11, 22, 33, 44, 55, 0.75))
         self.assertEqual(Usage() + Usage(), Usage())
+        self.assertEqual(sum([Usage(1), Usage(2)]), Usage(3))
+        with self.assertRaises(TypeError):
+            Usage() + 1  # type: ignore[operator]
 
 
 class AllOfThem(unittest.TestCase):

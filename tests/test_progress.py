@@ -276,6 +276,14 @@ class Terminal(Case):
             watched.result()
             self.assertEqual(watched.screen.lines, ["refused"])
 
+    def test_a_single_sample_that_is_retried(self) -> None:
+        replies = [Reply(503, {"error": {"message": "busy"}}, headers={"Retry-After": "10"}), chat()]
+        with self.watched(lambda request: replies.pop(0), "client.generate('hi')", 80) as watched:
+            watched.until("0/1, 1 retrying: 127.0.0.1:", "HTTP 503: busy")
+            watched.go()
+            watched.result()
+            self.assertEqual(watched.screen.lines, [])
+
     def test_nothing_where_nothing_is_to_be_seen(self) -> None:
         """A single sample, a full cache, progress_bar=False at the client or at the call."""
         code = """
@@ -514,6 +522,13 @@ class Formatted(unittest.TestCase):
                 self.assertRegex(bar, r"^\[[#.]+$")
                 share = bar.count("#") / (len(bar) - 1)
                 self.assertAlmostEqual(share, counts.get("done", 0) / counts["total"], delta=0.05)
+
+    def test_why_something_is_retried(self) -> None:
+        for done, said in ((0, "0/9, 9 retrying: no network"), (1, "1/9, 6.0/min, 1:20 left, 9 retrying")):
+            line = rollouts._format_progress(Counter(total=9, done=done, retrying=9), 10, 80, "no network")
+            self.assertIn(said, line)
+            self.assertEqual("network" in line, not done)
+        self.assertEqual(len(rollouts._format_progress(Counter(total=9, retrying=9), 10, 60, "x" * 99)), 59)
 
     def test_it_is_shorter_than_the_width(self) -> None:
         counts = {"total": 100_000, "done": 54_321, "failed": 123, "retrying": 45, "cached": 6789, "cost": 123.45}

@@ -117,7 +117,7 @@ GOOD: Dict[str, Any] = {
     ],
     "api_key": [("sk-1", "sk-1"), (" sk-1\n", "sk-1"), ("", None), (None, None)],
     "use_cache": [(True, True), (False, False), ("json", "json"), ("sql", "sql")],
-    "cache_dir": [("here", "here"), (pathlib.Path("here"), "here")],
+    "cache_dir": [("here", "here"), (pathlib.Path("here"), "here"), ("~/here", os.path.expanduser("~/here"))],
     "requests_per_minute": [(0.5, 0.5), (600, 600.0), (None, None)],
     "max_concurrency": [(1, 1), (10_000, 10_000)],
     "max_retries": [(0, 0), (1000, 1000)],
@@ -372,6 +372,10 @@ class Arguments(Case):
             ("min_pp", "min_p"),
             ("rpm", "requests_per_minute"),
             ("max_workers", "max_concurrency"),
+            ("n_sample", r"generate\(prompt, n_samples\)"),
+            ("suffix", "resample"),
+            ("preset", "create_client"),
+            ("extra_body", "its fields, as keywords"),
         ):
             with self.subTest(given=given):
                 with self.assertWarnsRegex(UserWarning, f"{given} is no setting.*did you mean {meant}") as caught:
@@ -861,6 +865,8 @@ class Configuration(Case):
         self.assertEqual(config, Config("m", temperature=1.0))
         self.assertEqual(dataclasses.replace(config, temperature=0.7), Config("m"))
         self.assertEqual(Config.temperature, 0.7)
+        with self.assertRaisesRegex(AttributeError, "temprature is no setting"):
+            config.temprature = 0.2  # type: ignore[attr-defined]
 
     def test_no_repr_shows_the_key(self) -> None:
         config = Config(**EVERYTHING)
@@ -913,7 +919,8 @@ class Configuration(Case):
         self.assertEqual(parameters["temperature"].default, 0.7)
         self.assertIs(parameters["extra"].kind, inspect.Parameter.VAR_KEYWORD)
         for name in EVERYTHING:
-            self.assertIn(f"{name}:", Config.__doc__ or "")
+            self.assertIn(f"\n{name}: ", inspect.getdoc(Config) or "")
+        self.assertLessEqual(set(EVERYTHING), set(dir(self.client())))
 
 
 if __name__ == "__main__":
