@@ -582,8 +582,10 @@ class APIError(RolloutsError):
         return ": ".join(filter(None, (head, self.message))) + (f" -> {self.advice}" if self.advice else "")
 
     def __repr__(self) -> str:
-        told = {name: value for name, value in self.to_dict().items() if name not in ("message", "advice") and value}
-        return f"APIError({', '.join([repr(self.message), *(f'{name}={value!r}' for name, value in told.items())])})"
+        told = (
+            f", {name}={value!r}" for name, value in self.to_dict().items()
+            if name != "message" and value not in (None, "") and value is not False)
+        return f"{type(self).__name__}({self.message!r}{''.join(told)})"
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.to_dict() == other.to_dict()
@@ -2574,7 +2576,7 @@ class RolloutsClient:
             wait = _next_wait(failure, attempt, _clock.chance())
             attempt += 1
             call.say(index, seed, f"attempt {attempt} failed, the next one in {wait:.1f} s: {failure}")
-            _progress.reason = str(failure)
+            _progress.reason = f"HTTP {failure.status}: {failure.message}" if failure.status else failure.message
             call.count(retrying=1)
             _clock.sleep(wait, call.over)
             call.count(retrying=-1)

@@ -226,6 +226,16 @@ class OneResponse(unittest.TestCase):
         self.assertEqual(Marked("4").full, "4")
         self.assertNotEqual(Marked("4"), Response("4"))
 
+    def test_an_error_says_which_it_is(self) -> None:
+        error = APIError("busy", status=503, seed=0, retryable=True)
+        self.assertEqual(repr(error), "APIError('busy', status=503, seed=0, retryable=True)")
+        self.assertEqual(eval(repr(error)), error)
+
+    def test_what_is_no_rollouts(self) -> None:
+        for data in ({}, "x", None, {**of(Response("4")).to_dict(), "note": 1}, {"responses": [1], "errors": []}):
+            with self.subTest(data=data), self.assertRaisesRegex(ValueError, "not a (Rollouts|Response|Usage)"):
+                Rollouts.from_dict(data)
+
     def test_wrong_fields(self) -> None:
         for make, words in (
             (lambda: Response(), "missing .*'content'"),
