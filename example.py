@@ -151,7 +151,8 @@ def cost() -> None:
     client = RolloutsClient(MODEL, **BRIEF)
     client.generate("What is 2+2?", n_samples=1)
     rollouts = client.generate("What is 2+2?", n_samples=3)
-    print(f"all:   {rollouts.usage}\nspent: {rollouts.spent}")
+    for what, usage in (("all", rollouts.usage), ("spent", rollouts.spent)):
+        print(f"{what}: {usage.prompt_tokens} + {usage.completion_tokens} tokens, ${usage.cost:.6f}")
 
 
 # == Errors and other servers ======================================================================

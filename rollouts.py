@@ -1756,7 +1756,7 @@ class _Progress:
             self._show()
 
     def _show(self) -> None:
-        # A single sample gets no line, unless it is retried; a second one, of this call or of another, brings it up.
+        # A single sample gets no line, unless it is retried; a second one, of this call or another, brings it up.
         if self._active and self._ended.is_set() and (self._tally["total"] > 1 or self._tally["retrying"]):
             ended = threading.Event()
             with contextlib.suppress(RuntimeError):  # no thread is to be had: no line
