@@ -1701,7 +1701,7 @@ def _format_progress(tally: _Tally, elapsed: float, width: int, reason: str = ""
         if len(line) + len(count) + 2 < width:
             line += ", " + count
     if reason and tally["retrying"] and done == tally["cached"]:
-        line += f": {reason}"
+        line += ": " + re.sub("[^ -~]", "?", reason)  # a column for each character, and none that moves the cursor
     room = min(width - len(line) - 4, 30)
     if room >= 5 and total:
         filled = room * done // total

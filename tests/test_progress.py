@@ -529,6 +529,7 @@ class Formatted(unittest.TestCase):
             self.assertIn(said, line)
             self.assertEqual("network" in line, not done)
         self.assertEqual(len(rollouts._format_progress(Counter(total=9, retrying=9), 10, 60, "x" * 99)), 59)
+        self.assertTrue(rollouts._format_progress(Counter(total=9, retrying=9), 10, 80, "\x1b[2J忙").endswith(": ?[2J?"))
 
     def test_it_is_shorter_than_the_width(self) -> None:
         counts = {"total": 100_000, "done": 54_321, "failed": 123, "retrying": 45, "cached": 6789, "cost": 123.45}
