@@ -318,7 +318,7 @@ class StandIn(BaseHTTPRequestHandler):
         seed = asked["seed"] if asked.get("temperature") else 0
         text = json.dumps([asked["messages"], seed, asked.get("temperature")])
         dice = random.Random(hashlib.sha256(text.encode()).digest())
-        time.sleep(dice.uniform(0.05, 0.25))
+        time.sleep(dice.uniform(0.02, 0.1))
         if "no-such-model" in asked["model"]:
             return self.reply(400, {"error": {"code": 400, "message": f"{asked['model']} is not a valid model ID"}})
         reasoning, content = self.think(asked["messages"], dice)
