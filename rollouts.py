@@ -1483,7 +1483,8 @@ class _Connection(http.client.HTTPConnection):
             self.connect()
         self.limit()
         lines = (f"POST {selector} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "\r\n")
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its reply may have come before all was sent
+        # Where the other end closes, its reply may have come before all was sent.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             self.sock.sendall("\r\n".join(lines).encode("latin-1") + body)
         reply = _Reply(self)
         reply.begin()
