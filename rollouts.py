@@ -130,7 +130,7 @@ def _dataclass_of(cls: Any) -> Any:
 
     made = dataclasses.make_dataclass(
         cls.__name__, [(name, cls._kinds[name], field(name, default)) for name, default in cls._defaults.items()],
-        frozen=cls.__setattr__ is _Record.__setattr__)
+        frozen=cls.__hash__ is not None)  # what may change has none
     made.__signature__ = inspect.signature(made)  # type: ignore[attr-defined]
     return made
 
@@ -143,9 +143,9 @@ class _Record:
     """Values by their names, compared and shown by them, and not to be changed."""
 
     _kinds: ClassVar[dict[str, Any]] = {}  # the fields' annotations, in order
-    _defaults: ClassVar[dict[str, Any]] = {}  # … and defaults; ... where there is none
-    _required: ClassVar[set[str]] = set()
-    _uncompared: ClassVar[tuple[str, ...]] = ()
+    _defaults: ClassVar[dict[str, Any]] = {}  # and their defaults: Ellipsis where there is none
+    _required: ClassVar[set[str]] = set()  # those without one
+    _uncompared: ClassVar[tuple[str, ...]] = ()  # those that make no difference to ==
     __signature__: ClassVar[Any]
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -443,8 +443,8 @@ _FURTHER_FIELDS = (
 _OTHER_NAMES = {
     "at": "resample(at=…)", "cache": "use_cache", "extra_body": "its fields, as keywords of their own",
     "max_workers": "max_concurrency", "n_samples": "generate(prompt, n_samples)", "preset": "create_client(preset=…)",
-    "retries": "max_retries", "rpm": "requests_per_minute", "suffix": "resample(suffix=…)", "system": "a message of "
-    "that role", "temp": "temperature", "url": "base_url", "workers": "max_concurrency",
+    "retries": "max_retries", "rpm": "requests_per_minute", "suffix": "resample(suffix=…)",
+    "system": "a message of that role", "temp": "temperature", "url": "base_url", "workers": "max_concurrency",
 }
 
 
@@ -1586,8 +1586,10 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             with self._lock:
                 idle = self._idle.get(key)
                 connection = idle.pop() if idle else None
-                if idle and time.monotonic() - idle[0].idle_since > _IDLE_CONNECTION:
-                    idle.pop(0).close()  # what a burst left over goes one by one
+                stale = idle and time.monotonic() - idle[0].idle_since > _IDLE_CONNECTION
+                oldest = idle.pop(0) if idle and stale else None  # what a burst left over goes one by one
+            if oldest is not None:
+                oldest.close()
             if connection is None:
                 break
             if connection.is_alive():
