@@ -9,22 +9,23 @@
 A client's calls: generate, agenerate (for event loops), generate_many (prompts), resample (from each
 prefix of a thought), check_injection (does the model continue a thought?). Config lists the settings.
 
-The rooms of this file, in order; each uses only the rooms above it:
+The rooms of this file, in order. Each uses only the rooms above it:
 
-    Records     what the data of the other rooms are made of
-    Providers   a row for each API: its address and its dialect
-    Settings    every field, its range and its default, in one table; the presets
-    Errors      what can go wrong, and what each kind of failure means for the other samples
+    Basics      values read from foreign JSON, and warnings
+    Providers   a row for each API: its address, and how it continues a thought
+    Settings    every field of Config: its type, default, check and help; the presets
+    Errors      what can go wrong
     Data        Usage, Response, Rollouts: frozen, to and from plain dicts
-    Reasoning   prompt to messages, reply to reasoning and content, text to sentences
-    Requests    settings and messages to what is sent, and to the key it is cached under
+    Reasoning   prompt to messages, reply to reasoning and content
+    Sentences   text to sentences
+    Requests    settings and messages to the body that is sent, and to the key it is cached under
     Retry       how long to wait before the next attempt, or whether to stop
-    Replies     bytes to a Response, or to the APIError that says why not
+    Replies     the bytes of a reply to a Response, or to the APIError that says why not
     Transport   bytes out, bytes in, over kept connections and within a deadline
     Pacing      the token bucket, and the hold that a rate limit puts on every request
     Progress    one line on stderr for everything that is under way
     Caches      two stores with the same three methods
-    Pool        the threads that wait for replies
+    Calls       what one call asked for, what came of it, and what may still be sent
     Client      the only room that knows all the others
     Command     python -m rollouts
 
@@ -36,19 +37,23 @@ that this notice stays; without warranty of any kind.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import dataclasses
+import difflib
 import email.utils
 import errno
 import functools
 import hashlib
 import http.client
+import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import numbers
 import os
+import queue
 import random
 import re
 import selectors
@@ -61,20 +66,18 @@ import urllib.parse
 import urllib.request
 import warnings
 import weakref
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Optional, TypeVar, Union, overload
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar, Union, overload
 
 if TYPE_CHECKING:
-    import sqlite3  # which few scripts need
+    import asyncio
+    import sqlite3
 
-if sys.version_info >= (3, 11):
-    from typing import dataclass_transform
-else:
-    def dataclass_transform() -> Any:
-        return lambda cls: cls
-
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 __all__ = [
     "RolloutsClient", "create_client", "Config", "Rollouts", "Response", "Usage",
     "split_sentences", "RolloutsError", "APIError",
@@ -82,199 +85,173 @@ __all__ = [
 
 Prompt = Union[str, Sequence[Mapping[str, Any]]]
 
+_log = logging.getLogger(__name__)
+
+
+# == Basics ========================================================================================
+#
+# Replies hold what they like: these functions make a value of the expected type of anything.
+
 
 def _dict(value: Any) -> dict[str, Any]:
-    """*value*, or an empty dict in place of anything else: replies hold what they like."""
+    """*value*, or an empty dict in place of anything else."""
     return value if isinstance(value, dict) else {}
 
 
-def _whole(value: Any) -> int:
-    return int(value) if isinstance(value, (int, float)) and 0 <= value < 2**63 else 0  # NaN is not
+def _seconds(value: Any, unit: float = 1.0) -> Optional[float]:
+    """*value* as a finite number that is not negative, times *unit*; None for anything else."""
+    try:
+        seconds = float(value) * unit
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return seconds if 0 <= seconds < math.inf else None
+
+
+def _count(value: Any) -> int:
+    """*value*, a number or a str of one, as an int that any database holds; 0 for anything else."""
+    number = _seconds(value)
+    return int(number) if number is not None and number < 2**63 else 0
+
+
+def _json_copy(value: Any) -> Any:
+    """A deep copy of *value* as JSON sees it; what JSON cannot hold is a ValueError or TypeError."""
+    return json.loads(json.dumps(value, allow_nan=False))
 
 
 def _warn(text: str) -> None:
-    """Warn at the line that called into this module, however deep."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals is globals():
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    """Warn at the line that called into this module.
 
-
-# == Records =======================================================================================
-#
-# Frozen dataclasses, without the module `dataclasses`: with inspect, ast and dis, and the code that it
-# compiles for each class, it would take more than a third of the time that urllib.request takes to import.
-
-
-class _Asked:
-    """An attribute of a class that is made when somebody asks for it."""
-
-    def __init__(self, make: Callable[[Any], Any]) -> None:
-        self._make = make
-
-    def __get__(self, instance: object, cls: type) -> Any:
-        return self._make(cls)
-
-
-@functools.cache
-def _dataclass_of(cls: Any) -> Any:
-    """The dataclass with the fields of *cls*, for whoever asks what only a dataclass has."""
-    import dataclasses
-    import inspect
-
-    def field(name: str, default: Any) -> Any:
-        options = {} if default is ... else {"default": default}
-        if isinstance(default, dict):
-            options = {"default_factory": default.copy}
-        return dataclasses.field(compare=name not in cls._uncompared, **options)
-
-    made = dataclasses.make_dataclass(
-        cls.__name__, [(name, cls._kinds[name], field(name, default)) for name, default in cls._defaults.items()],
-        frozen=cls.__hash__ is not None)  # what may change has none
-    made.__signature__ = inspect.signature(made)  # type: ignore[attr-defined]
-    return made
-
-
-_Same = TypeVar("_Same", bound="_Record")
-
-
-@dataclass_transform()
-class _Record:
-    """Values by their names, compared and shown by them, and not to be changed."""
-
-    _kinds: ClassVar[dict[str, Any]] = {}  # the fields' annotations, in order
-    _defaults: ClassVar[dict[str, Any]] = {}  # and their defaults: Ellipsis where there is none
-    _required: ClassVar[set[str]] = set()  # those without one
-    _uncompared: ClassVar[tuple[str, ...]] = ()  # those that make no difference to ==
-    __signature__: ClassVar[Any]
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        own = cls.__annotations__ if sys.version_info >= (3, 10) else vars(cls).get("__annotations__", {})
-        cls._kinds = {**cls._kinds, **{name: kind for name, kind in own.items() if "ClassVar" not in str(kind)}}
-        cls._defaults = {name: getattr(cls, name, ...) for name in cls._kinds}
-        cls._required = {name for name, default in cls._defaults.items() if default is ...}
-        for name in "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__replace__", "__signature__":
-            setattr(cls, name, _Asked(lambda cls, name=name: getattr(_dataclass_of(cls), name)))  # type: ignore[misc]
-
-    def __init__(self, *values: Any, **named: Any) -> None:
-        given, fields = {**dict(zip(self._defaults, values)), **named}, vars(self)
-        fields.update(self._defaults)
-        fields.update(given)
-        wrong = len(given) < len(values) + len(named) or len(fields) > len(self._defaults)
-        if wrong or not given.keys() >= self._required:
-            self.__signature__.bind(*values, **named)  # raises the TypeError that says what is wrong
-        self.__post_init__()
-
-    def __post_init__(self) -> None:
-        """Check the values: a class's own business."""
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self._compared() == other._compared()
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._compared().values()))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._values().items())})"
-
-    def __setattr__(self, name: str, value: object = None) -> None:
-        from dataclasses import FrozenInstanceError
-
-        raise FrozenInstanceError(f"{type(self).__name__}.{name} is not to be changed")
-
-    __delattr__ = __setattr__
-
-    def _values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._defaults}
-
-    def _compared(self) -> dict[str, Any]:
-        return {name: value for name, value in self._values().items() if name not in self._uncompared}
-
-    def _replace(self: _Same, **changes: Any) -> _Same:
-        return type(self)(**{**self._values(), **changes})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by their names."""
-        return self._values()
+    Python shows a text once a line. A shortfall must be told each time, hence a registry of its own.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_back is not None and frame.f_globals is globals():
+        frame = frame.f_back
+    assert frame is not None
+    module = frame.f_globals.get("__name__") or "<unknown>"
+    warnings.warn_explicit(
+        text, UserWarning, frame.f_code.co_filename, frame.f_lineno, module, registry={})
 
 
 # == Providers =====================================================================================
 #
-# The table is the place to extend: a new API is one row here and nothing anywhere else. Where a row's
-# dialect is more than the documented default, the comment says how it is known.
+# The table is the place to extend: a new API is one row here and nothing anywhere else. *Documented*
+# and *observed* say how a row's way is known; where neither is said, it is the documented default.
 
-# How a trailing assistant message asks to be continued: (fields of that message, fields of the body).
-_DIALECTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "trailing": ({}, {}),
+
+class _Prefill(NamedTuple):
+    """A way of asking a server to continue a trailing assistant message."""
+
+    thought: str = ""  # the field that takes an injected thought; "" leaves it in the content
+    message: Mapping[str, Any] = {}  # further fields of that message
+    body: Mapping[str, Any] = {}  # further fields of the body
+
+
+# The setting `prefill` takes these names.
+_PREFILLS = {
+    "trailing": _Prefill(),
     # Always both: vLLM and llama.cpp refuse the first alone, as the second defaults to true.
-    "continue_final_message": ({}, {"continue_final_message": True, "add_generation_prompt": False}),
-    "prefix": ({"prefix": True}, {}),
-    "partial": ({"partial": True}, {}),
+    "continue_final_message": _Prefill(
+        body={"continue_final_message": True, "add_generation_prompt": False}),
+    "prefix": _Prefill("reasoning_content", {"prefix": True}),
+    "reasoning_content": _Prefill("reasoning_content"),
+    "thinking": _Prefill("thinking", {"prefix": True}),  # a content part, not a field
+    "partial": _Prefill(message={"partial": True}),
+    "reasoning": _Prefill("reasoning"),
 }
 
 
-class _Provider(_Record):
+class _Provider(NamedTuple):
     """An API's address and dialect."""
 
     base_url: str
-    prefill: Optional[str] = "trailing"  # a key of _DIALECTS; None: it cannot continue
+    prefill: Optional[str] = "trailing"  # a name in _PREFILLS; None: it cannot continue a chat
     needs_key: bool = True
     stream_above: Optional[int] = None  # more max_tokens than this are refused unstreamed
     stream_options: bool = True  # takes stream_options, which asks for the usage of a stream
     seed: str = "seed"  # the name of that field
-    echoes: bool = False  # the reply begins with the injected text
-    headers: tuple[tuple[str, str], ...] = ()
+    omits: tuple[tuple[str, str], ...] = ()  # (pattern of models, default field that they refuse)
+    echoes: bool = False  # its replies begin with the injected text
+    raw_completions: bool = True  # /completions takes a prompt as it is
+    keeps_connections: bool = True
+    headers: Mapping[str, str] = {}
 
 
 _PROVIDERS = {
-    # Its response cache replays one answer for identical requests, which samples must not be.
-    "openrouter": _Provider("https://openrouter.ai/api/v1", headers=(("X-OpenRouter-Cache", "false"),)),
-    # 400 "Requests with max_tokens > 4096 must have stream=true" (reported by many projects).
+    # Its response cache replays one answer to identical requests, which samples must not be.
+    "openrouter": _Provider(
+        "https://openrouter.ai/api/v1", headers={"X-OpenRouter-Cache": "false"}),
+    # 400 "Requests with max_tokens > 4096 must have stream=true" (observed by many projects).
     "fireworks": _Provider("https://api.fireworks.ai/inference/v1", stream_above=4096),
     "together": _Provider("https://api.together.xyz/v1"),
-    # Prefix completion is served below /beta only (its documentation).
+    # Prefix completion is served below /beta only (documented).
     "deepseek": _Provider("https://api.deepseek.com/beta", prefill="prefix"),
     "novita": _Provider("https://api.novita.ai/openai/v1"),
     "deepinfra": _Provider("https://api.deepinfra.com/v1/openai"),
     "groq": _Provider("https://api.groq.com/openai/v1"),
     "cerebras": _Provider("https://api.cerebras.ai/v1"),
-    # `prefix`, `random_seed` and the echo: its documentation. It sends usage in streams unasked.
+    # `random_seed`, the thinking part and the echo are documented. It sends usage in streams unasked.
     "mistral": _Provider(
-        "https://api.mistral.ai/v1", prefill="prefix", seed="random_seed", echoes=True, stream_options=False),
+        "https://api.mistral.ai/v1", prefill="thinking", seed="random_seed", echoes=True,
+        stream_options=False),
+    "moonshot": _Provider("https://api.moonshot.ai/v1", prefill="partial"),
     # Token Factory serves vLLM and takes its two flags (its cookbook).
-    "nebius": _Provider("https://api.tokenfactory.nebius.com/v1", prefill="continue_final_message"),
+    "nebius": _Provider(
+        "https://api.tokenfactory.nebius.com/v1", prefill="continue_final_message"),
     "sambanova": _Provider("https://api.sambanova.ai/v1"),
     "hyperbolic": _Provider("https://api.hyperbolic.xyz/v1"),
     "openai": _Provider("https://api.openai.com/v1", prefill=None),
-    "anthropic": _Provider("https://api.anthropic.com/v1"),
-    "gemini": _Provider("https://generativelanguage.googleapis.com/v1beta/openai", prefill=None),
-    "vllm": _Provider("http://localhost:8000/v1", prefill="continue_final_message", needs_key=False),
+    # From Claude 4.1 on, temperature and top_p together are refused (observed).
+    "anthropic": _Provider(
+        "https://api.anthropic.com/v1",
+        omits=((r"claude-(?:opus|sonnet|haiku)-(?:4[-.][1-9](?!\d)|[5-9])", "top_p"),)),
+    "gemini": _Provider(  # refuses `seed` (observed)
+        "https://generativelanguage.googleapis.com/v1beta/openai", prefill=None,
+        omits=(("", "seed"),)),
+    "vllm": _Provider(
+        "http://localhost:8000/v1", prefill="continue_final_message", needs_key=False),
     # Without the flag it turns the trailing message into one of the user (serving_chat.py, 0.5.23).
-    "sglang": _Provider("http://localhost:30000/v1", prefill="continue_final_message", needs_key=False),
-    # --prefill-assistant is on by default. The echo was seen in llama-server as of llama-cpp-python 0.3.36.
-    "llamacpp": _Provider("http://localhost:8080/v1", needs_key=False, echoes=True),
-    "ollama": _Provider("http://localhost:11434/v1", needs_key=False),
+    "sglang": _Provider(
+        "http://localhost:30000/v1", prefill="continue_final_message", needs_key=False),
+    # Observed with build 11434: a thought in `content` comes after an empty, closed one; replies
+    # repeat what was injected; each kept connection binds a thread of its small pool for 5 s.
+    "llamacpp": _Provider(
+        "http://localhost:8080/v1", prefill="reasoning_content", needs_key=False, echoes=True,
+        keeps_connections=False),
+    # Its /completions applies the chat template and drops the thought (observed with 0.33).
+    "ollama": _Provider("http://localhost:11434/v1", needs_key=False, raw_completions=False),
+    # Always begins a new turn, and labels it as reasoning (observed with 0.32).
+    "mlx": _Provider("http://localhost:8080/v1", prefill=None, needs_key=False),
     "lmstudio": _Provider("http://localhost:1234/v1", needs_key=False),
 }
 
-# Models that start afresh whatever the API: (pattern of their ids, why).
+# Models that start afresh in a chat whatever the API: (pattern of their ids, why).
 _CANNOT_CONTINUE = (
     (r"gpt-oss", "gpt-oss thinks in the Harmony format, which chat completions cannot continue"),
     (r"(^|/)~?gemini", "Gemini's thoughts are hidden, and it does not continue an injected one"),
     (r"^~?openai/", "OpenAI's models answer an assistant message, they do not continue it"),
 )
 
+# What a server's replies say of it, all observed: (pattern of system_fingerprint, provider).
+_FINGERPRINTS = (
+    (r"vllm-", "vllm"),
+    (r"b\d+-\w+$", "llamacpp"),
+    (r"fp_ollama", "ollama"),
+    (r"\d+\.\d[\w.]*-\d+\.\d[\w.]*-\w", "mlx"),
+)
+
+
+def _recognised(headers: Mapping[str, str], fingerprint: Any) -> Optional[str]:
+    """The provider whose server sent such a reply, or None. LiteLLM passes headers on, renamed."""
+    if "llama.cpp" in (headers.get("server"), headers.get("llm_provider-server")):
+        return "llamacpp"
+    found = (name for pattern, name in _FINGERPRINTS if re.match(pattern, str(fingerprint)))
+    return next(found, None)
+
 
 # == Settings ======================================================================================
 #
-# One table: the fields of Config. What a field takes, whether it goes into the request's body, its
-# default and its help stand in its one row; validation, the client's signature, its attributes and
-# its documentation are read from there.
-
-_SETTINGS: dict[str, _Setting] = {}  # in the order of Config, whose fields enter themselves
+# One line of Config is one setting: its type and its default, and in its metadata the check, the help
+# and whether it goes into the body. Validation, body, command line and help() read that table.
 
 
 class _Key(str):
@@ -291,25 +268,26 @@ class _Key(str):
 
 
 class _Refused(ValueError):
-    """A keyword that is not taken: it says all there is to say, and shows no value, which may be a key."""
+    """A keyword that is not taken. The message says all, and shows no value, which may be a key."""
 
 
-class _Takes(_Record):
-    """What a setting takes, in words, and the function that returns the value to keep, or fails."""
+class _Check(NamedTuple):
+    """What a setting takes, in words, and the function that converts a value to it, or fails."""
 
     words: str
-    keep: Callable[[Any], Any]
-    secret: bool = False
+    convert: Callable[[Any], Any]
+    is_secret: bool = False
 
-    def check(self, name: str, value: Any) -> Any:
+    def __call__(self, name: str, value: Any) -> Any:
         try:
-            return self.keep(value)
+            return self.convert(value)
         except _Refused:
             raise
         except (ValueError, TypeError, AttributeError) as error:
-            secret = self.secret or (name.lower().endswith("base_url") and re.search(r"[?#@]", str(value)))
-            shown = "the value given, which is not shown" if secret else f"{value!r:.200}"
-            why = f" ({error})" if str(error) and not self.secret else ""
+            is_url = name.lower().endswith("base_url") and re.search(r"[?#@]", str(value))
+            is_secret = self.is_secret or is_url  # a key may stand in such an address
+            shown = "the value given, which is not shown" if is_secret else f"{value!r:.200}"
+            why = f" ({error})" if str(error) and not self.is_secret else ""
             raise ValueError(f"{name} takes {self.words}, not {shown}{why}") from None
 
 
@@ -318,231 +296,233 @@ def _require(condition: object, why: str = "") -> None:
         raise ValueError(why)
 
 
-def _number(low: float, high: float, *, above: bool = False) -> _Takes:
-    def keep(value: Any) -> float:
-        _require(isinstance(value, numbers.Real) and not isinstance(value, bool))  # numpy's are, too
+def _number(low: float, high: float, *, above: bool = False) -> _Check:
+    def convert(value: Any) -> float:
+        _require(isinstance(value, numbers.Real) and not isinstance(value, bool))  # numpy's too
         _require(low <= value <= high and not (above and value == low))  # NaN fails here
         return float(value)
 
-    return _Takes(f"a number {f'above {low:g} and up' if above else f'from {low:g}'} to {high:g}", keep)
+    start = f"above {low:g} and up" if above else f"from {low:g}"
+    return _Check(f"a number {start} to {high:g}", convert)
 
 
-def _integer(low: int, high: int = 2**63 - 1) -> _Takes:
-    def keep(value: Any) -> int:
+def _integer(low: int, high: int = 2**63 - 1) -> _Check:
+    def convert(value: Any) -> int:
         _require(isinstance(value, numbers.Integral) and not isinstance(value, bool))
         _require(low <= value <= high)
         return int(value)
 
-    return _Takes(f"an integer from {low} to {high}" if high < 2**62 else f"an integer from {low} up", keep)
+    end = f"to {high}" if high < 2**62 else "up"
+    return _Check(f"an integer from {low} {end}", convert)
 
 
-def _choice(*options: Any) -> _Takes:
-    def keep(value: Any) -> Any:
-        _require((type(value), value) in [(type(option), option) for option in options])  # 1 is not True
+def _choice(*options: Any) -> _Check:
+    def convert(value: Any) -> Any:
+        same = [option for option in options if type(option) is type(value) and option == value]
+        _require(same)  # 1 is not True
         return value
 
-    return _Takes("one of " + ", ".join(map(repr, options)), keep)
+    return _Check("one of " + ", ".join(map(repr, options)), convert)
 
 
-def _optional(takes: _Takes) -> _Takes:
-    return takes._replace(
-        words=f"{takes.words}, or None", keep=lambda value: None if value is None else takes.keep(value))
+def _optional(check: _Check) -> _Check:
+    def convert(value: Any) -> Any:
+        return None if value is None else check.convert(value)
+
+    return check._replace(words=f"{check.words}, or None", convert=convert)
 
 
-def _plain(value: Any) -> Any:
-    """A deep copy of *value* as JSON sees it; what JSON cannot say is refused."""
-    return json.loads(json.dumps(value, allow_nan=False))
-
-
-def _keep_model(value: str) -> str:
+def _convert_model(value: str) -> str:
     _require(isinstance(value, str) and value.strip() and value.isprintable())
     return value.strip()
 
 
-def _keep_key(value: str) -> Optional[_Key]:
+def _convert_key(value: str) -> Optional[_Key]:
     _require(isinstance(value, str))
     key = value.strip()
     _require(all("!" <= character <= "~" for character in key))
     return _Key(key) if key else None
 
 
-def _keep_provider(value: Any) -> Union[str, dict[str, Any]]:
+def _convert_provider(value: Any) -> Union[str, dict[str, Any]]:
     if isinstance(value, Mapping):
-        return dict(_plain(dict(value)))
-    _require(isinstance(value, str) and value.lower() in _PROVIDERS, "known: " + ", ".join(_PROVIDERS))
+        return dict(_json_copy(dict(value)))
+    _require(
+        isinstance(value, str) and value.lower() in _PROVIDERS, "known: " + ", ".join(_PROVIDERS))
     return str(value.lower())
 
 
-def _keep_base_url(value: str) -> str:
+def _convert_base_url(value: str) -> str:
     url = value.strip()
     parts = urllib.parse.urlsplit(url)
     _require(parts.scheme in ("http", "https") and parts.hostname)
     _require(url.isprintable() and " " not in url and value.isascii())
-    _require(not (parts.query or parts.fragment or "@" in parts.netloc), "no key, query or fragment in it")
+    has_more = parts.query or parts.fragment or "@" in parts.netloc
+    _require(not has_more, "no key, query or fragment in it")
     _require(parts.port != 0 and str(parts.hostname).encode("idna"))
-    return url.rstrip("/").removesuffix("/chat/completions")
+    return url.rstrip("/").removesuffix("/chat/completions").removesuffix("/completions")
 
 
-def _keep_path(value: Any) -> str:
-    path = os.fspath(value)
+def _convert_path(value: Any) -> str:
+    path = os.path.expanduser(os.fspath(value))
     _require(isinstance(path, str) and path and "\0" not in path)
-    return os.path.expanduser(str(path))  # a directory named "~" is a trap for whoever clears it
+    # A directory that is really named "~" is a trap for whoever clears it.
+    _require(not str(path).startswith("~"), "whose home directory is that? HOME is not set")
+    return str(path)
 
 
-def _keep_extra(value: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_extra(value: Mapping[str, Any]) -> dict[str, Any]:
+    key_names = r"keys?|.*api_?keys?|((api|access|auth)_?)?token|authorization|(.*_)?headers"
     for name, given in value.items():
-        _require(isinstance(name, str) and name not in _SETTINGS, f"{name} is a setting of its own")
-        if re.fullmatch(r"keys?|.*api_?keys?|((api|access|auth)_?)?token|authorization|(.*_)?headers", name, re.I):
-            raise _Refused(f"{name} is not taken: a key is passed as api_key, and headers cannot be set")
+        _require(isinstance(name, str))
+        if re.fullmatch(key_names, name, re.I):
+            raise _Refused(f"{name} is not taken: pass a key as api_key; headers cannot be set")
         if name in ("logprobs", "top_logprobs") and given not in (None, False):
             raise NotImplementedError(
-                f"{name} is not supported: through OpenRouter, providers answer it inconsistently or not "
-                "at all. Ask a provider's own API for log probabilities.")
+                f"{name} is not supported: through OpenRouter, providers answer it inconsistently or "
+                "not at all. Ask a provider's own API for log probabilities.")
         if name == "n" and given not in (None, 1):
             raise _Refused("n is not taken: pass n_samples, as a request draws one sample")
         if name in ("messages", "prompt"):
             raise _Refused(f"{name} is not taken: pass it as generate's first argument")
-    return dict(_plain(dict(value)))
+    return dict(_json_copy(dict(value)))
 
 
-_FLAG = _choice(True, False)
-
-
-class _Setting:
-    """A field of Config, which checks each value that it is given."""
-
-    def __init__(self, takes: _Takes, words: str, default: Any = ..., *, body: bool = False) -> None:
-        self.takes, self.help, self.default, self.body = takes, words, default, body
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-        _SETTINGS[name] = self
-
-    def __get__(self, config: Optional[Config], owner: type) -> Any:
-        if config is not None:
-            return vars(config)[self.name]
-        if self.default is ...:
-            raise AttributeError(self.name)
-        return self.default
-
-    def __set__(self, config: Config, value: Any) -> None:
-        vars(config)[self.name] = self.takes.check(self.name, value)
-
-
-_setting: Any = _Setting  # a field is annotated with the type of its value
-
-# Body fields that are no settings of ours, so that none of them is taken for a misspelling.
-_FURTHER_FIELDS = (
-    "chat_template_kwargs", "enable_thinking", "include_reasoning", "logit_bias", "max_completion_tokens", "metadata",
-    "min_p", "min_tokens", "models", "plugins", "reasoning", "reasoning_effort", "reasoning_format",
-    "repeat_penalty", "repetition_penalty", "response_format", "route", "separate_reasoning", "service_tier",
-    "session_id", "stop", "thinking", "tool_choice", "tools", "top_a", "transforms", "typical_p", "user", "verbosity",
-)
-
-# What other libraries call our settings, and what belongs elsewhere.
+_BODY_FIELDS = frozenset("""
+    chat_template_kwargs enable_thinking include_reasoning logit_bias max_completion_tokens metadata
+    min_p min_tokens models plugins reasoning reasoning_effort reasoning_format repeat_penalty
+    repetition_penalty response_format route separate_reasoning service_tier session_id stop thinking
+    stream_options grammar ignore_eos tool_choice tools top_a transforms typical_p user verbosity""".split())
 _OTHER_NAMES = {
-    "at": "resample(at=…)", "cache": "use_cache", "extra_body": "its fields, as keywords of their own",
-    "max_workers": "max_concurrency", "n_samples": "generate(prompt, n_samples)", "preset": "create_client(preset=…)",
-    "retries": "max_retries", "rpm": "requests_per_minute", "suffix": "resample(suffix=…)",
-    "system": "a message of that role", "temp": "temperature", "url": "base_url", "workers": "max_concurrency",
+    "at": "resample(at=…)", "cache": "use_cache", "extra_body": "extra",
+    "max_workers": "max_concurrency", "n_samples": "generate(prompt, n_samples)",
+    "preset": "create_client(preset=…)", "retries": "max_retries", "rpm": "requests_per_minute",
+    "suffix": "resample(suffix=…)", "system": "a message of that role", "temp": "temperature",
+    "url": "base_url", "workers": "max_concurrency", "indices": "at (of resample)",
 }
 
 
-def _warn_of_misspelling(name: str) -> None:
-    import difflib
-
-    if name in _FURTHER_FIELDS:
+def _warn_of_unknown(name: str, settings: Iterable[str]) -> None:
+    """Warn of a keyword that is neither a setting nor a body field that some API documents."""
+    if name in _BODY_FIELDS:
         return
-    known = [*_SETTINGS, *_FURTHER_FIELDS, "n_samples", "suffix"]
-    for meant in [name] if name in _OTHER_NAMES else difflib.get_close_matches(name, known, n=1, cutoff=0.8):
-        meant = _OTHER_NAMES.get(meant, meant)
-        _warn(f"{name} is no setting, so it goes into the request as it is: did you mean {meant}?")
+    known = [*settings, *_BODY_FIELDS, *_OTHER_NAMES]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    meant = _OTHER_NAMES.get(name) or next((_OTHER_NAMES.get(each, each) for each in close), "")
+    question = f": did you mean {meant}?" if meant else "; if that is meant, pass it in extra={…}"
+    _warn(
+        f"{name} is neither a setting nor a body field that an API documents; it goes into the "
+        f"request as it is{question}")
 
 
-class Config(_Record):
+def _setting(default: Any, check: _Check, help: str, *, body: bool = False) -> Any:
+    """A field of Config. *help* is shown to users; *body* says that it goes into the request."""
+    metadata = {"check": check, "help": help, "body": body}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_FLAG = _choice(True, False)
+_MODEL = _Check("a model's id such as 'qwen/qwen3-30b-a3b'", _convert_model)
+_PROVIDER = _Check("the name of an API, or OpenRouter's routing object (a dict)", _convert_provider)
+_BASE_URL = _optional(_Check("an address such as 'http://localhost:8080/v1'", _convert_base_url))
+_API_KEY = _optional(_Check("a key of printable ASCII without blanks", _convert_key, True))
+_PATH = _Check("a directory's path", _convert_path)
+_EXTRA = _Check("a dict of further body fields that JSON can hold", _convert_extra)
+
+
+@dataclass(frozen=True)
+class Config:
     """Every setting of a client, checked: ``RolloutsClient(**config.to_dict())``.
 
     A field that the API reads is left out of the request where it is None, so that the API's own
     default holds. ValueError names the field, the value it got and what it takes.
     """
 
-    model: str = _setting(
-        _Takes("a model's id such as 'qwen/qwen3-30b-a3b'", _keep_model), "the model, as its API names it")
-    temperature: Optional[float] = _setting(_optional(_number(0, 2)), "sampling temperature", 0.7, body=True)
-    top_p: Optional[float] = _setting(_optional(_number(0, 1)), "nucleus sampling: the mass kept", 0.95, body=True)
+    model: str = _setting(dataclasses.MISSING, _MODEL, "the model, as its API names it")
+    temperature: Optional[float] = _setting(
+        0.7, _optional(_number(0, 2)), "sampling temperature", body=True)
+    top_p: Optional[float] = _setting(
+        0.95, _optional(_number(0, 1)), "nucleus sampling: the mass kept", body=True)
     max_tokens: Optional[int] = _setting(
-        _optional(_integer(1)), "most tokens of one sample; thoughts count", 4096, body=True)
-    top_k: Optional[int] = _setting(_optional(_integer(0)), "sample among the k likeliest tokens", None, body=True)
+        4096, _optional(_integer(1)), "most tokens of one sample; thoughts count", body=True)
+    top_k: Optional[int] = _setting(
+        None, _optional(_integer(-1)), "sample among the k likeliest (-1: off, on vLLM)", body=True)
     presence_penalty: Optional[float] = _setting(
-        _optional(_number(-2, 2)), "penalty for a token that occurred", None, body=True)
+        None, _optional(_number(-2, 2)), "penalty for a token that occurred", body=True)
     frequency_penalty: Optional[float] = _setting(
-        _optional(_number(-2, 2)), "penalty by how often a token occurred", None, body=True)
-    seed: int = _setting(_integer(0), "seed of the first sample; the next ones count up", 0)
+        None, _optional(_number(-2, 2)), "penalty by how often a token occurred", body=True)
+    seed: Optional[int] = _setting(
+        0, _optional(_integer(0)), "seed of the first sample, the next ones count up; None: no seed")
     provider: Union[str, dict[str, Any], None] = _setting(
-        _optional(_Takes("the name of an API, or OpenRouter's routing object (a dict)", _keep_provider)),
-        "the API to call (default openrouter), or OpenRouter's routing as a dict", None)
+        None, _optional(_PROVIDER), "the API to call (default openrouter), or OpenRouter's routing")
     base_url: Optional[str] = _setting(
-        _optional(_Takes("an address such as 'http://localhost:8080/v1'", _keep_base_url)),
-        "any OpenAI-compatible server; default <PROVIDER>_BASE_URL, else the provider's own", None)
+        None, _BASE_URL, "any compatible server; default <PROVIDER>_BASE_URL, else the provider's")
+    endpoint: str = _setting(
+        "chat", _choice("chat", "completions"), "'completions' sends a str prompt as it is")
     api_key: Optional[str] = _setting(
-        _optional(_Takes("a key of printable ASCII characters without blanks", _keep_key, secret=True)),
-        "default <PROVIDER>_API_KEY from the environment", None)
+        None, _API_KEY, "default <PROVIDER>_API_KEY from the environment")
     use_cache: Union[bool, str] = _setting(
-        _choice(True, False, "json", "sql"), "True or 'json': one file per sample; 'sql': SQLite; False: none", True)
-    cache_dir: str = _setting(_Takes("a directory's path", _keep_path), "where the cache is", ".rollouts")
-    progress_bar: bool = _setting(_FLAG, "show progress on stderr for more than one sample", True)
-    verbose: bool = _setting(_FLAG, "say on stderr what each sample did", False)
+        True, _choice(True, False, "json", "sql"), "True or 'json': a file per sample; 'sql': SQLite")
+    cache_dir: str = _setting(".rollouts", _PATH, "where the cache is")
+    offline: bool = _setting(
+        False, _FLAG, "send nothing: what is not in the cache is an error that says so")
+    progress_bar: bool = _setting(
+        True, _FLAG, "show progress on stderr for more than one sample")
+    verbose: bool = _setting(False, _FLAG, "say on stderr what each sample did")
     requests_per_minute: Optional[float] = _setting(
-        _optional(_number(0, 1e6, above=True)), "most requests started in any minute, retries included", None)
-    max_concurrency: int = _setting(_integer(1, 10_000), "most requests under way at once", 100)
-    max_retries: int = _setting(_integer(0, 1000), "attempts after the first", 10)
-    timeout: float = _setting(_number(0, 86_400, above=True), "seconds for one attempt, by the clock", 600.0)
+        None, _optional(_number(0, 1e6, above=True)), "most requests started in any minute")
+    max_concurrency: int = _setting(100, _integer(1, 10_000), "most requests under way at once")
+    max_retries: int = _setting(10, _integer(0, 1000), "attempts after the first")
+    timeout: float = _setting(
+        600.0, _number(0, 86_400, above=True), "seconds for one attempt, by the clock")
     stream: Optional[bool] = _setting(
-        _optional(_FLAG), "ask for a streamed reply; None: as the provider needs it", None)
+        None, _optional(_FLAG), "ask for a streamed reply; None: as the provider needs it")
     prefill: Optional[str] = _setting(
-        _optional(_choice(*_DIALECTS)), "how a trailing assistant message is sent; None: the provider's way", None)
+        None, _optional(_choice(*_PREFILLS)), "how an injection is sent; None: the provider's way")
     extra: dict[str, Any] = _setting(
-        _Takes("a dict of further body fields that JSON can hold", _keep_extra),
-        "further fields of the body, sent as they are; further keywords of a client land here", {})
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __setattr__(self, name: str, value: object = None) -> None:
-        """Change a setting, which no other record lets you, and check it."""
-        if name not in self._defaults:
-            raise AttributeError(f"{name} is no setting")
-        object.__setattr__(self, name, value)
+        dict, _EXTRA, "further fields of the body; further keywords of a client land here")
 
     def __post_init__(self) -> None:
-        for name, value in self._values().items():
-            setattr(self, name, value)
+        for setting in dataclasses.fields(self):
+            value = setting.metadata["check"](setting.name, getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)  # as converted; the class is frozen
+        for name in self.extra:
+            if hasattr(Config, name) or name in ("model", "extra"):
+                raise ValueError(f"extra takes fields of the body; {name} is a setting of its own")
 
-    def _override(self, settings: Mapping[str, Any]) -> Config:
-        """This configuration with *settings* in place; what is no setting goes into ``extra``."""
-        known = {name: value for name, value in settings.items() if name in _SETTINGS}
-        further = {name: value for name, value in settings.items() if name not in _SETTINGS}
-        extra = _SETTINGS["extra"].takes.check("extra", known.get("extra", {}))
-        known["extra"] = {**self.extra, **extra, **further}
-        config = self._replace(**known)
-        for name in further:
-            _warn_of_misspelling(name)
-        return config
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by their names, the key among them."""
+        return {setting.name: getattr(self, setting.name) for setting in dataclasses.fields(self)}
 
 
-if Config.__doc__:  # absent under python -OO; from Python 3.13 on not indented
-    _indent = "\n    " if "\n    " in Config.__doc__ else "\n"
-    Config.__doc__ += _indent + _indent.join(
-        f"{name}: {setting.help}. Takes {setting.takes.words}"
-        + ("." if setting.default is ... else f"; default {setting.default!r}.")
-        for name, setting in _SETTINGS.items())
+_SETTINGS = {setting.name: setting for setting in dataclasses.fields(Config)}
+
+if Config.__doc__:  # absent under python -OO
+    Config.__doc__ = "\n".join([inspect.cleandoc(Config.__doc__), "", *(
+        f"{name}: {setting.metadata['help']}. Takes {setting.metadata['check'].words}"
+        + ("." if setting.default is dataclasses.MISSING else f"; default {setting.default!r}.")
+        for name, setting in _SETTINGS.items())])
+
+
+def _with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """*config* with *settings* in place; what is no setting goes into ``extra``."""
+    known = {name: value for name, value in settings.items() if name in _SETTINGS}
+    further = {name: value for name, value in settings.items() if name not in _SETTINGS}
+    own = _EXTRA("extra", known.get("extra", {}))
+    changed = dataclasses.replace(config, **{**known, "extra": {**config.extra, **own, **further}})
+    for name in further:
+        _warn_of_unknown(name, _SETTINGS)
+    return changed
+
 
 _PRESETS = {"deterministic": 0.0, "focused": 0.3, "balanced": 0.7, "creative": 1.2}  # temperatures
 
 
 # == Errors ========================================================================================
 #
-# An APIError carries its own policy: `retryable` says whether the same request may yet succeed. What
-# is not retryable every sample would meet alike, and it ends the whole call.
+# An APIError carries its own policy: `retryable` says whether the same request may yet succeed.
 
 
 class RolloutsError(Exception):
@@ -564,8 +544,9 @@ class APIError(RolloutsError):
     """
 
     def __init__(
-        self, message: str, *, status: Optional[int] = None, provider: str = "", seed: Optional[int] = None,
-        retryable: bool = False, retry_after: Optional[float] = None, advice: str = "",
+        self, message: str, *, status: Optional[int] = None, provider: str = "",
+        seed: Optional[int] = None, retryable: bool = False, retry_after: Optional[float] = None,
+        advice: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -579,18 +560,14 @@ class APIError(RolloutsError):
     def __str__(self) -> str:
         status = f"HTTP {self.status}" if self.status is not None else ""
         head = " ".join(filter(None, (self.provider, status)))
-        return ": ".join(filter(None, (head, self.message))) + (f" -> {self.advice}" if self.advice else "")
+        advice = f" -> {self.advice}" if self.advice else ""
+        return ": ".join(filter(None, (head, self.message))) + advice
 
     def __repr__(self) -> str:
-        told = (
+        details = "".join(
             f", {name}={value!r}" for name, value in self.to_dict().items()
             if name != "message" and value not in (None, "") and value is not False)
-        return f"{type(self).__name__}({self.message!r}{''.join(told)})"
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.to_dict() == other.to_dict()
-
-    __hash__ = RolloutsError.__hash__
+        return f"{type(self).__name__}({self.message!r}{details})"
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes by their names."""
@@ -601,8 +578,7 @@ class APIError(RolloutsError):
         """The error that to_dict() described."""
         return cls(**data)
 
-    def _of(self, seed: int) -> APIError:
-        """The same failure, met by another sample."""
+    def _with_seed(self, seed: int) -> APIError:
         error = APIError.from_dict({**self.to_dict(), "seed": seed})
         error.__cause__ = self.__cause__
         return error
@@ -616,38 +592,67 @@ class _CannotContinue(ValueError):
     """The model is known to start afresh after an assistant message."""
 
 
+class _GivenUp(Exception):
+    """Nobody waits any more for the reply that is under way."""
+
+
+class _SocksProxy(OSError):
+    """The environment names a proxy that speaks another protocol than HTTP."""
+
+
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.EBUSY)  # EBUSY: a database that another process locks
+
+
+def _is_scarcity(error: BaseException) -> bool:
+    """Whether *error* says that file descriptors, or a database's lock, are not to be had just now."""
+    return isinstance(error, OSError) and error.errno in _SCARCE
+
+
 # == Data ==========================================================================================
 #
 # What a call returns. No I/O here, and nothing that is stored twice.
+
+_Data = TypeVar("_Data")
 
 
 @functools.cache
 def _types_of(cls: Any) -> dict[str, tuple[type, ...]]:
     """What each field of *cls* holds: the type of its default; where that is None, a str or None."""
-    return {
-        name: (str,) if default is ... else (str, type(None)) if default is None
-        else (int, float) if name == "cost" else (type(default),)
-        for name, default in cls._defaults.items()}
+    types: dict[str, tuple[type, ...]] = {}
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING:
+            types[field.name] = (str,)
+        elif field.default is None:
+            types[field.name] = (str, type(None))
+        else:
+            types[field.name] = (int, float) if field.name == "cost" else (type(field.default),)
+    return types
 
 
-def _from_dict(cls: type[_Same], data: Any) -> _Same:
-    """*cls* from the dict *data*, whose values are of the fields' types; unknown names are passed over."""
-    types, values = _types_of(cls), {}  # type: ignore[arg-type]  # mypy thinks that no class is Hashable
+def _from_dict(cls: type[_Data], data: Any) -> _Data:
+    """*cls* from a dict whose values are of the fields' types; unknown names are passed over."""
+    values = {}
     try:
-        for name, value in data.items():
-            if name in types:
-                if type(value) not in types[name]:
-                    raise TypeError(f"{name} is of type {type(value).__name__}")
-                values[name] = value
+        for name, types in _types_of(cls).items():  # type: ignore[arg-type]  # a class is hashable
+            if name in data:
+                if type(data[name]) not in types:
+                    raise TypeError(f"{name} is of type {type(data[name]).__name__}")
+                values[name] = data[name]
         return cls(**values)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"not a {cls.__name__}: {error}") from None
 
 
-class Usage(_Record):
+def _to_dict(data: Any) -> dict[str, Any]:
+    """The fields of a dataclass by their names; values stay as they are."""
+    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+
+
+@dataclass(frozen=True)
+class Usage:
     """What one response, or several, consumed. Zero where the API does not tell.
 
-    prompt_tokens, completion_tokens, total_tokens: as the API counts them; thoughts are completion.
+    prompt_tokens, completion_tokens, total_tokens: as the API counts; thoughts are completion.
     reasoning_tokens: the part of completion_tokens that was thought.
     cached_tokens: the part of prompt_tokens that the API read from its own prompt cache.
     cost: US dollars (OpenRouter tells; most other APIs do not).
@@ -663,10 +668,14 @@ class Usage(_Record):
     def __add__(self, other: Usage) -> Usage:
         if not isinstance(other, Usage):
             return NotImplemented
-        return Usage(*(mine + others for mine, others in zip(self._values().values(), other._values().values())))
+        return Usage(*map(sum, zip(_to_dict(self).values(), _to_dict(other).values())))
 
     def __radd__(self, other: int) -> Usage:
         return self if other == 0 else NotImplemented  # where sum() begins
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by their names."""
+        return _to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Usage:
@@ -674,14 +683,15 @@ class Usage(_Record):
         return _from_dict(cls, data)
 
 
-class Response(_Record):
+@dataclass(frozen=True)
+class Response:
     """One sample: after an injected thought, the continuation alone.
 
     content: the answer; '' where there is none yet. Always a str.
     reasoning: the thought, or None where the model showed none.
     completed_reasoning: False while a thought is still open (it was cut off, or never closed).
     finish_reason: 'stop', 'length', 'content_filter', … as the API says it, or None.
-    seed: that of its request.  usage: what it consumed.
+    seed: the number of this sample, and the seed of its request.  usage: what it consumed.
     model, provider: who really answered, as far as the API tells.
     response_id, created (Unix seconds): the API's.
     cached: True where this call sent no request for it: it was in the cache, or another call under
@@ -698,9 +708,7 @@ class Response(_Record):
     provider: str = ""
     response_id: str = ""
     created: int = 0
-    cached: bool = False
-
-    _uncompared = ("cached",)
+    cached: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def full(self) -> str:
@@ -709,23 +717,30 @@ class Response(_Record):
             return self.content
         return f"{self.reasoning}</think>{self.content}" if self.completed_reasoning else self.reasoning
 
+    @property
+    def _is_cut_off(self) -> bool:
+        return self.finish_reason == "length" and not self.completed_reasoning
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields by their names, `usage` as a dict; ``full`` is derived, so it is not among them."""
-        return {**self._values(), "usage": self.usage.to_dict()}
+        """The fields by their names, `usage` as a dict, and ``full``."""
+        return {**_to_dict(self), "usage": self.usage.to_dict(), "full": self.full}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Response:
         """The Response that to_dict() described; ValueError for anything else."""
-        return _from_dict(cls, {**_dict(data), "usage": Usage.from_dict(_dict(data).get("usage", {}))})
+        return _from_dict(
+            cls, {**_dict(data), "usage": Usage.from_dict(_dict(data).get("usage", {}))})
 
 
-class Rollouts(_Record):
+@dataclass(frozen=True)
+class Rollouts:
     """The samples of one prompt, in the order of their seeds: iterate, index, slice.
 
     prompt, model, temperature, top_p, max_tokens: what was asked.
     num_responses: how many were asked for: always len(responses) + len(errors).
     responses: those that arrived.  errors: an APIError for each that did not, with its seed.
     cache_dir: where they are kept, or None.
+    at, prefix: from resample(), how many parts of the reasoning the prompt keeps, and their text.
     """
 
     prompt: Any
@@ -737,6 +752,8 @@ class Rollouts(_Record):
     top_p: Optional[float] = None
     max_tokens: Optional[int] = None
     cache_dir: Optional[str] = None
+    at: Optional[int] = None
+    prefix: Optional[str] = None
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -752,7 +769,11 @@ class Rollouts(_Record):
         return self.responses[index]
 
     def __repr__(self) -> str:
-        return f"<Rollouts: {len(self)} of {self.num_responses} responses from {self.model}>"
+        at = "" if self.at is None else f"at {self.at}: "
+        cut_off = sum(response.finish_reason == "length" for response in self.responses)
+        notes = f", {cut_off} cut off at max_tokens" if cut_off else ""
+        notes += f", {len(self.errors)} errors" if self.errors else ""
+        return f"<Rollouts: {at}{len(self)} of {self.num_responses} responses from {self.model}{notes}>"
 
     def get_texts(self) -> list[str]:
         """Each response's ``full``."""
@@ -775,7 +796,7 @@ class Rollouts(_Record):
         return dict(Counter(response.finish_reason for response in self.responses))
 
     def counts(self, extract: Callable[[Response], Hashable]) -> Counter[Any]:
-        """How often each answer came: *extract* makes one of a response; None, for no answer, counts too."""
+        """How often each answer came: *extract* makes one of a response; None counts too."""
         return Counter(map(extract, self.responses))
 
     @property
@@ -786,12 +807,12 @@ class Rollouts(_Record):
     @property
     def spent(self) -> Usage:
         """What this call consumed: the responses that were not replayed from the cache."""
-        return sum((response.usage for response in self.responses if not response.cached), Usage())
+        return sum((each.usage for each in self.responses if not each.cached), Usage())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, lists and values, for JSON."""
         return {
-            **self._values(),
+            **_to_dict(self),
             "responses": [response.to_dict() for response in self.responses],
             "errors": [error.to_dict() for error in self.errors],
         }
@@ -811,15 +832,85 @@ class Rollouts(_Record):
 
 # == Reasoning =====================================================================================
 #
-# Pure functions on text. Two rules hold everywhere here. Of what the user wrote nothing is changed,
-# not a space. Of what came back, white space beside a tag that the model wrote is the tag's layout
-# and is dropped, whether the server split the reply or not; elsewhere it is kept, since a
-# continuation may well begin with a space.
+# Pure functions on text. Of what the user wrote nothing is changed, not a space. Of what came back,
+# white space beside a tag that the model wrote is the tag's layout and is dropped, whether the server
+# split the reply or not. Elsewhere it is kept: a continuation may well begin with a space.
+
+# Shorter texts than this (characters) a model may repeat by chance ("Wait."). They count as an echo
+# only where the server is known to repeat what was injected, or where the tag is repeated too.
+_SURE_ECHO = 40
+
+# A </think> within quotes or backticks is mentioned, not meant.
+_CLOSING = re.compile(r"(?<!`)</think>(?![`'\"])")
+# One without a <think> before it closes a thought that the template opened; it has the beginning or
+# the end of a line to itself ("The tag </think> closes a thought." has not).
+_LONE_CLOSING = re.compile(r"(?:\A|\n)[ \t]*</think>|</think>[ \t]*(?=\n|\Z)")
+_LEADING_BLOCK = re.compile(r"\s*(?:<think>(.*?)(?:</think>|\Z)|</think>)\s*", re.DOTALL)
+
+
+class _Injection(NamedTuple):
+    """The text that the model is to continue, as the user wrote it; '' where there is none."""
+
+    text: str = ""
+    thought: Optional[str] = None  # what stands within its tags; None where it has none
+    answer: str = ""  # what follows </think>, or all of it where it has no tags
+    is_open: bool = False  # it ends within the thought
+
+    @classmethod
+    def parse(cls, text: str) -> _Injection:
+        if text.rfind("<think>") > text.rfind("</think>"):
+            return cls(text, text.rpartition("<think>")[2], "", True)
+        head, tag, answer = text.rpartition("</think>")
+        inside = head.partition("<think>")[2] if "<think>" in head else head
+        return cls(text, inside if tag else None, answer)
+
+    @property
+    def is_one_thought(self) -> bool:
+        """Whether thought and answer say all: one <think>, at the beginning."""
+        return self.text.lstrip().startswith("<think>") and self.text.count("<think>") == 1
+
+
+class _Expected(NamedTuple):
+    """What is known of a reply besides its message."""
+
+    injection: _Injection
+    echoes: bool = False  # the server repeats what was injected
+    is_hidden: bool = False  # the request asked not to be shown the thought
+    has_parser: Optional[bool] = None  # whether the server splits replies itself, where it tells
+    may_be_answer: bool = False  # the model stopped by itself
+
+
+def _text_of(content: Any, name: str = "text") -> str:
+    """The text of *content*: a str, nothing, or a list of parts with their text under *name*."""
+    if isinstance(content, list):
+        return "".join(
+            _text_of(part.get(name)) if isinstance(part, dict) else part
+            for part in content if isinstance(part, dict) or (isinstance(part, str) and name == "text"))
+    return content if isinstance(content, str) else ""
+
+
+def _fields_of(message: Mapping[str, Any]) -> tuple[Optional[str], str]:
+    """A message's (thought, content). None: no field that holds a thought, not even an empty one.
+
+    The names of that field differ, and thoughts also come as parts of the content.
+    """
+    parts, details = message.get("content"), message.get("reasoning_details")
+    candidates = [message.get("reasoning_content"), message.get("reasoning")]
+    if isinstance(parts, list):
+        kinds = [part.get("type") if isinstance(part, dict) else "text" for part in parts]
+        thoughts = [part for part, kind in zip(parts, kinds) if kind in ("thinking", "reasoning")]
+        parts = [part for part, kind in zip(parts, kinds) if kind not in ("thinking", "reasoning")]
+        candidates += [_text_of(thoughts, name) for name in ("thinking", "text", "summary") if thoughts]
+    candidates += [_text_of(details, name) for name in ("text", "summary") if details]
+    texts = [each for each in candidates if isinstance(each, str)]
+    thought = next((text for text in texts if text.strip()), texts[0] if texts else None)
+    return thought, _text_of(parts) or _text_of(message.get("refusal"))
 
 
 def _messages_of(prompt: Prompt) -> list[dict[str, Any]]:
-    """The chat messages of *prompt*: a str is a question, and from its first <think> on an injection."""
-    is_list = isinstance(prompt, Sequence) and all(isinstance(each, Mapping) and "role" in each for each in prompt)
+    """The messages of *prompt*: a str is a question, and from its first <think> on an injection."""
+    is_list = isinstance(prompt, Sequence) and all(
+        isinstance(each, Mapping) and "role" in each for each in prompt)
     if not prompt or not (is_list or isinstance(prompt, str)):
         raise ValueError(
             "prompt takes a str that is not empty, or a list of messages such as "
@@ -838,93 +929,172 @@ def _messages_of(prompt: Prompt) -> list[dict[str, Any]]:
     return [*asked, {"role": "assistant", "content": tag + thought}]
 
 
-def _text_of(content: Any, name: str = "text") -> str:
-    """The text of *content*: a str, nothing, or a list of parts with their text under *name*."""
-    if isinstance(content, list):
-        return "".join(
-            _text_of(part.get(name)) if isinstance(part, dict) else part
-            for part in content if isinstance(part, dict) or (isinstance(part, str) and name == "text"))
-    return content if isinstance(content, str) else ""
+def _injection_of(messages: Sequence[Mapping[str, Any]]) -> Optional[_Injection]:
+    """What a trailing assistant message asks the model to continue; None where the user is last."""
+    if messages[-1]["role"] != "assistant":
+        return None
+    thought, content = _fields_of(messages[-1])
+    if not thought:
+        return _Injection.parse(content)
+    return _Injection.parse(f"<think>{thought}" + (f"</think>{content}" if content else ""))
 
 
-def _injection_of(messages: Sequence[Mapping[str, Any]]) -> Optional[str]:
-    """The text that the model is to continue: that of a trailing assistant message, or None."""
-    last = messages[-1]
-    return _text_of(last.get("content")) if last["role"] == "assistant" else None
+def _with_prefill(message: dict[str, Any], injection: _Injection, way: _Prefill) -> dict[str, Any]:
+    """The trailing *message* in the form in which a server continues it.
 
-
-def _leaves_open(injected: str) -> bool:
-    """Whether *injected* ends within a thought."""
-    return injected.rfind("<think>") > injected.rfind("</think>")
-
-
-def _cut_echo(text: str, echo: str, certain: bool) -> str:
-    """*text* without a leading *echo*.
-
-    A model may begin with the words that it was given by chance ("Wait."), so that short ones count
-    as an echo only where that is *certain*.
+    In a field of its own a thought stands without the white space beside its tags, which the chat
+    template puts there. Observed with llama.cpp: where field and content are both empty no turn is
+    rendered at all, so that an empty open thought needs its line break.
     """
-    echo = echo.lstrip()
-    if echo and (certain or len(echo) >= 40) and text.lstrip().startswith(echo):
-        return text.lstrip()[len(echo):]
-    return text
+    message = {**way.message, **message}
+    parts = message.get("content")
+    if isinstance(parts, list) and all(_dict(part).get("type") == "text" for part in parts):
+        message["content"] = _text_of(parts)  # llama.cpp joins them with two line breaks (observed)
+    is_in_content = message.get("content") == injection.text  # not in a field of the user's own
+    is_split = injection.thought is not None and injection.is_one_thought
+    if not (way.thought and is_in_content and is_split):
+        return message
+    assert injection.thought is not None
+    thought, answer = injection.thought.removeprefix("\n"), injection.answer.lstrip("\n")
+    if not injection.is_open:
+        thought = thought.removesuffix("\n")
+    if way.thought != "thinking":
+        return {**message, "content": answer, way.thought: thought or "\n"}
+    part = {
+        "type": "thinking", "thinking": [{"type": "text", "text": thought}],
+        "closed": not injection.is_open}
+    answers = [{"type": "text", "text": answer}] if answer else []
+    return {**message, "content": [part, *answers]}
 
 
-def _without_echo(thought: str, content: str, injected: str, echoes: bool) -> tuple[str, str]:
-    """A reply's thought and content without *injected*, whole, or split as the model's own words would be."""
-    before, _, after = injected.rpartition("</think>")
-    opened = (before or after).replace("<think>", "", 1)
-    if before and thought.strip() == opened.strip() and (echoes or len(opened) >= 40):
-        thought, echoes = "", True  # so what follows in the content is an echo too
-    else:
-        thought = _cut_echo(thought, opened, echoes)
-    rest = _cut_echo(content, injected, echoes or "<think>" in injected)
-    return thought, rest if rest != content else _cut_echo(content, after if before else opened, echoes)
+def _after_echo(text: str, echo: str, is_sure: bool) -> Optional[str]:
+    """What follows *echo* at the beginning of *text*; None where *text* does not repeat it.
 
-
-def _read_message(message: Mapping[str, Any], injected: str, echoes: bool) -> tuple[Optional[str], str, bool]:
-    """A reply's (reasoning, content, completed_reasoning), whatever the server made of it.
-
-    Servers put a thought into a field (the names differ), into a list, into the text between tags, or,
-    when the tag was injected, into the text up to a lone </think>; some repeat what was injected.
+    The white space beside tags is free, as templates and gateways put their own there. An empty
+    thought may stand in front: some templates close one before what was injected.
     """
-    parts, details = message.get("content"), message.get("reasoning_details")
-    thought = (
-        _text_of(message.get("reasoning_content")) or _text_of(message.get("reasoning"))
-        or (_text_of(parts, "thinking") if isinstance(parts, list) else "")
-        or _text_of(details) or _text_of(details, "summary"))
-    content = written = _text_of(parts) or _text_of(message.get("refusal"))
-    if injected:
-        thought, content = _without_echo(thought, content, injected, echoes)
-    continues = _leaves_open(injected)
-    if "</think>" in injected and not continues:
-        return None, thought + content, True  # a forced answer, also where a parser took it for a thought
+    if not echo.strip() or not (is_sure or len(echo) >= _SURE_ECHO):
+        return None
+    body = echo.strip()
+    pieces = re.split(r"\s*(</?think>)\s*", body)
+    pattern = "".join(
+        rf"\s*{piece}\s*" if number % 2 else re.escape(piece) for number, piece in enumerate(pieces))
+    end = re.escape(echo[len(echo.rstrip()):])
+    match = re.match(rf"\s*(?:<think>\s*</think>\s*)?{pattern}(?:{end})?", text)
+    return text[match.end():] if match else None
 
-    thought, tag, rest = thought.partition("</think>")
-    closed, content = bool(tag), rest + content
-    if "</think>" in content and (continues or not thought or content.lstrip().startswith("<think>")):
-        head, _, content = content.partition("</think>")
-        before, tag, inside = head.partition("<think>")
-        if tag and before.strip() and not continues:
-            head, content = inside, before + content
-        # llama.cpp's "deepseek-legacy" gives the thought twice: in its field and in the content.
-        thought += "" if head.replace("<think>", "").strip() in thought else head
-        closed = True
-    elif not thought and (continues or content.lstrip().startswith("<think>")):
-        thought, content = content, ""
-    elif content.lstrip().startswith("<think>") and content.replace("<think>", "").strip() in thought:
-        content = ""  # deepseek-legacy again, cut off
+
+def _without_echo(
+    thought: Optional[str], content: str, injection: _Injection, echoes: bool
+) -> tuple[Optional[str], str, bool]:
+    """(thought, content, whether there was an echo): without the injected text, whole or split."""
+    rest = _after_echo(content, injection.text, echoes or "<think>" in injection.text)
+    if rest is not None:
+        return thought, rest, True
+    inside = injection.thought or ""
+    if injection.is_open:
+        rest = _after_echo(thought or "", inside, echoes)
+        if rest is not None:
+            return rest, content, True
+        rest = _after_echo(content, inside, echoes)
+    elif injection.thought is not None:
+        is_split = (thought or "").strip() == inside.strip() and (echoes or len(inside) >= _SURE_ECHO)
+        rest = _after_echo(content, injection.answer, echoes or is_split)
+        if is_split:
+            return None, content if rest is None else rest, True
+    return thought, content if rest is None else rest, rest is not None
+
+
+def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
+    """*text* as (thought, answer, whether the thought is closed); None where it has no tags of its own.
+
+    A block counts at the beginning, or after a preamble that ends in a line break. *is_open*: the
+    thought was open before.
+    """
+    preamble, tag, inside = text.partition("<think>")
+    is_apart = bool(re.search(r"\n[ \t]*\Z", preamble)) and preamble.count("```") % 2 == 0
+    if tag and (not preamble.strip() or (is_apart and not is_open)):
+        match = _CLOSING.search(inside)
+        if match is None:
+            return inside.lstrip(), preamble.strip(), False
+        answer = inside[match.end():]
+        return inside[:match.start()].lstrip(), preamble.lstrip() + answer.lstrip(), True
+    match = (_CLOSING if is_open else _LONE_CLOSING).search(text)
+    if match is None or (not is_open and match.start() > len(preamble)):
+        return None
+    before = text[:match.start()]
+    if not is_open and before.count("```") % 2:
+        return None
+    return before, text[match.end():].lstrip(), True
+
+
+def _is_answer(content: str, has_field: bool, has_echo: bool, expected: _Expected) -> bool:
+    """Whether *content* without tags, after an open thought, is the answer.
+
+    A server with a parser takes the tag of a thought away that the model closes at once. Observed: a
+    reasoning field that is a str, even an empty one, or vLLM's usage tell of a parser. Elsewhere a
+    model that stopped by itself has rather lost its tag than ended within its thought. A text that
+    begins with a space goes on with the injected words.
+    """
+    if has_field or expected.is_hidden:
+        return True
+    if expected.has_parser is not None:
+        return expected.has_parser
+    return expected.may_be_answer and not has_echo and not content.startswith((" ", "\t"))
+
+
+def _read_message(message: Mapping[str, Any], expected: _Expected) -> tuple[Optional[str], str, bool]:
+    """A reply's (reasoning, content, completed_reasoning), whatever the server made of it."""
+    injection = expected.injection
+    field, content = _fields_of(message)
+    field, content, has_echo = _without_echo(field, content, injection, expected.echoes)
+    if injection.thought is not None and not injection.is_open:
+        return None, (field or "") + content, True  # also where a parser took it for a thought
+    if field and field.strip():
+        thought, content, is_closed = _read_field(field, content)
+        is_closed = is_closed or bool(content) or bool(message.get("tool_calls"))
     else:
-        closed = closed or bool(content) or bool(message.get("tool_calls"))
+        split = _split_at_tags(content, injection.is_open)
+        if split is not None:
+            thought, content, is_closed = split
+        elif not injection.is_open:
+            return None, content.lstrip() if field else content, True
+        elif _is_answer(content, field is not None, has_echo, expected):
+            return None if expected.is_hidden else "", content.lstrip(), True
+        else:
+            return content, "", False
+    if not injection.text:
+        thought = thought.lstrip()
+    if is_closed:
+        thought, content = thought.rstrip(), content.lstrip()
+    return thought if thought or injection.is_open else None, content, is_closed
 
+
+def _read_field(thought: str, content: str) -> tuple[str, str, bool]:
+    """(thought, content, whether a tag closed the thought), where the thought came in its own field.
+
+    Of the content nothing but a leading block or tag is cut: llama.cpp's "deepseek-legacy" gives the
+    thought twice, in its field and in the content.
+    """
+    is_closed = False
+    if not content.strip():
+        match = _CLOSING.search(thought)
+        if match is not None:  # a parser that missed the tag
+            thought, content, is_closed = thought[:match.start()], thought[match.end():], True
+    match = _LEADING_BLOCK.match(content)
+    if match is not None:
+        block, content = match[1] or "", content[match.end():]
+        is_closed = match[0].rstrip().endswith("</think>")
+        if block.strip() not in thought:
+            thought += block
     if thought.lstrip().startswith("<think>"):  # it began afresh
         thought = thought.lstrip()[len("<think>"):].lstrip()
-    elif not continues:
-        thought = thought.lstrip()
-    if not thought and not continues:
-        return None, content.lstrip() if "</think>" in written else content, True
-    return (thought.rstrip(), content.lstrip(), True) if closed else (thought, content, False)
+    return thought, content, is_closed
 
+
+# == Sentences =====================================================================================
+#
+# Pure functions on text.
 
 # Where a sentence may end: punctuation with what closes behind it, a paragraph break, or the line
 # before an item of a list. What is code or a formula is matched first, and so never looked into.
@@ -997,13 +1167,18 @@ def split_sentences(text: str) -> list[str]:
 # "parameters that matter". Left out of the key are the seed, which names the entry below it, and the
 # fields that ask for streaming, which change how a reply arrives and not what it says.
 
+# Hexadecimal digits of SHA-256 in the key. Of a client's parameters there are few, so that 64 bits
+# tell them apart; of prompts there may be millions, for which 160 bits leave no chance of a mix-up.
+_PARAMETER_DIGITS = 16
+_PROMPT_DIGITS = 40
 
-class _Api(_Record):
+
+class _Api(NamedTuple):
     """The API of one call, and the key for it."""
 
     name: str  # a provider's, or the host's where none was named
     base_url: str
-    row: _Provider
+    provider: _Provider
     key_name: str  # the environment variable of its key, or ""
     key: Optional[str]
 
@@ -1016,38 +1191,71 @@ class _Api(_Record):
 def _api_of(config: Config) -> _Api:
     """The API that *config* calls, with the key for it.
 
-    A key from the environment goes to the address that is the provider's own, to the one that the
-    environment names beside it, or to the one that was given together with the provider's name.
+    With a provider's name base_url is that API at another address, and the key from the environment
+    goes there. A base_url alone names no provider and gets only a key that was passed explicitly.
     """
     if config.provider is None and config.base_url is not None:
         host = urllib.parse.urlsplit(config.base_url).netloc
-        return _Api(host, config.base_url, _Provider(config.base_url, needs_key=False), "", config.api_key)
-    name = config.provider if isinstance(config.provider, str) else "openrouter"
-    row = _PROVIDERS[name]
-    named = config.base_url is None or isinstance(config.provider, str)
+        provider = _Provider(config.base_url, needs_key=False)
+        return _Api(host, config.base_url, provider, "", config.api_key)
+    is_named = isinstance(config.provider, str)
+    name = str(config.provider) if is_named else "openrouter"
     key_name, url_name = f"{name.upper()}_API_KEY", f"{name.upper()}_BASE_URL"
-    base_url = config.base_url or _SETTINGS["base_url"].takes.check(url_name, os.environ.get(url_name) or None)
-    key = config.api_key
-    if not key and named:
-        key = _SETTINGS["api_key"].takes.check(key_name, os.environ.get(key_name))
-    return _Api(name, base_url or row.base_url, row, key_name if named else "", key)
+    base_url = config.base_url or _BASE_URL(url_name, os.environ.get(url_name) or None)
+    base_url = base_url or _PROVIDERS[name].base_url
+    if config.base_url is not None and not is_named:  # OpenRouter's routing at another address
+        return _Api(name, base_url, _PROVIDERS[name], "", config.api_key)
+    key = config.api_key or _API_KEY(key_name, os.environ.get(key_name))
+    return _Api(name, base_url, _PROVIDERS[name], key_name, key)
 
 
-class _Request(_Record):
+def _for_call(client: Config, overrides: Mapping[str, Any]) -> tuple[Config, _Api]:
+    """The settings of a call and its API: the call's, then the client's.
+
+    The client's address is not that of another provider, and its key is for its address alone.
+    """
+    overrides = dict(overrides)
+    if overrides.get("api_key", "") is None:
+        del overrides["api_key"]
+    config = _with_settings(client, overrides)
+    is_other = isinstance(config.provider, str) and config.provider != client.provider
+    if is_other and "base_url" not in overrides:
+        config = dataclasses.replace(config, base_url=None)
+    if "api_key" not in overrides and _api_of(config).base_url != _api_of(client).base_url:
+        config = dataclasses.replace(config, api_key=None)
+    return config, _api_of(config)
+
+
+class _Request(NamedTuple):
     """What is sent for each sample of one prompt."""
 
     model: str
     prompt: Prompt
-    injected: str  # "" where nothing was
-    body: str  # JSON, all but the seed, the streaming and the closing brace
-    key: tuple[str, str, str]  # (model, parameters, messages): file names, the last two with hashes
-    stored: str  # JSON of what the key stands for
+    injection: _Injection
+    length: int  # characters of the prompt
+    url: str
+    body: dict[str, Any]  # all but the seed and the streaming
+    seed_name: Optional[str]
+    stream_options: Any
+    key: tuple[str, str, str]  # (model, parameters, prompt): file names, the last two with hashes
+    stored: dict[str, Any]  # what the key stands for
 
-    def payload(self, row: _Provider, seed: int, stream: bool) -> bytes:
-        asked = ', "stream": true' if stream else ""
-        if stream and row.stream_options:
-            asked += ', "stream_options": {"include_usage": true}'
-        return f'{self.body}{asked}, "{row.seed}": {seed}}}'.encode()
+    def payload(self, seed: int, stream: bool) -> bytes:
+        """The body of the request for sample *seed*."""
+        body = dict(self.body)
+        if stream:
+            body["stream"] = True
+            if self.stream_options is not None:
+                body["stream_options"] = self.stream_options
+        if self.seed_name is not None:
+            body[self.seed_name] = seed
+        return json.dumps(body).encode()
+
+    @property
+    def hides_thoughts(self) -> bool:
+        exclude = _dict(self.body.get("reasoning")).get("exclude")
+        return self.body.get("include_reasoning") is False or exclude is True or (
+            self.body.get("reasoning_format") == "hidden")
 
 
 def _file_name(text: str) -> str:
@@ -1058,110 +1266,220 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
-    """The request for a sample of *prompt*. ValueError where it cannot be made."""
-    messages = _messages_of(prompt)
-    injected = _injection_of(messages)
+def _raw_injection(prompt: Any) -> _Injection:
+    """What a raw *prompt* leaves open: its last thought, or nothing that changes how a reply is read."""
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(
+            "with endpoint='completions' prompt takes a str, as the model is to see it. Render a list of "
+            "messages with the model's own template: tokenizer.apply_chat_template(messages, "
+            f"tokenize=False, add_generation_prompt=True); not {prompt!r:.200}")
+    injection = _Injection.parse(prompt[max(prompt.rfind("<think>"), 0):])
+    return injection if injection.is_open else _Injection()
+
+
+def _chat_injection(
+    messages: list[dict[str, Any]], config: Config, api: _Api
+) -> tuple[_Injection, Mapping[str, Any]]:
+    """What *messages* ask to continue, and the body's fields for it; the last one is changed in place."""
+    injection = _injection_of(messages)
+    if injection is None:
+        return _Injection(), {}
+    name = config.prefill or api.provider.prefill
+    why = "" if name else f"{api.name} answers an assistant message, it does not continue it"
+    why = why or next(
+        (why for pattern, why in _CANNOT_CONTINUE if re.search(pattern, config.model, re.I)), "")
+    if why and config.prefill is None:
+        raise _CannotContinue(
+            f"{config.model} cannot continue an injected message in a chat: {why}. End the prompt with "
+            "the user's message, pass endpoint='completions' where the server takes raw completions, "
+            "or take a model that shows its thoughts, such as deepseek/deepseek-r1 or "
+            "qwen/qwen3-30b-a3b; prefill='trailing' sends it all the same.")
+    way = _PREFILLS[name or "trailing"]
+    messages[-1] = _with_prefill(messages[-1], injection, way)
+    return injection, way.body
+
+
+def _body_of(config: Config, api: _Api) -> dict[str, Any]:
+    """The fields of the body that settings make, without those that the API refuses."""
     body: dict[str, Any] = {"model": config.model}
-    if injected is not None:
-        dialect = config.prefill or api.row.prefill
-        why = "" if dialect else f"{api.name} answers an assistant message, it does not continue it"
-        why = why or next((why for pattern, why in _CANNOT_CONTINUE if re.search(pattern, config.model, re.I)), "")
-        if why and config.prefill is None:
-            raise _CannotContinue(
-                f"{config.model} cannot continue an injected message: {why}. End the prompt with the "
-                "user's message, or take a model that shows its thoughts, such as deepseek/deepseek-r1 or "
-                "qwen/qwen3-30b-a3b; prefill='trailing' sends it all the same.")
-        if injected.endswith((" ", "\t")):
-            _warn(
-                "the injected text ends in a space, which most models continue badly: their words begin "
-                "with one. End it with a word or a newline.")
-        in_message, in_body = _DIALECTS[dialect or "trailing"]
-        messages[-1] = {**in_message, **messages[-1]}
-        body.update(in_body)
-    body.update((name, value) for name, value in config.to_dict().items() if _SETTINGS[name].body)
+    for name, setting in _SETTINGS.items():
+        if setting.metadata["body"]:
+            body[name] = getattr(config, name)
+    for pattern, name in api.provider.omits:
+        is_default = name in body and body[name] == _SETTINGS[name].default
+        if is_default and body["temperature"] is not None and re.search(pattern, config.model):
+            del body[name]
     body.update(config.extra)
     if isinstance(config.provider, dict):
         body["provider"] = config.provider
+    return body
+
+
+def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
+    """The request for a sample of *prompt*. ValueError where it cannot be made."""
+    body, said = _body_of(config, api), prompt
+    if config.endpoint == "completions":
+        injection, field, path = _raw_injection(prompt), "prompt", "completions"
+        length = len(prompt)
+    else:
+        said = _messages_of(prompt)
+        injection, further = _chat_injection(said, config, api)
+        body, field, path = {**further, **body}, "messages", "chat/completions"
+        length = sum(len(_text_of(message.get("content"))) for message in said)
+    if injection.text.endswith((" ", "\t")):
+        _warn(
+            "the injected text ends in a space, which most models continue badly: their words begin "
+            "with one. End it with a word or a newline.")
+    options = {"include_usage": True} if api.provider.stream_options else None
+    options = body.pop("stream_options", options)
     body = {name: value for name, value in body.items() if value is not None}
     try:
-        spoken = json.dumps(messages, sort_keys=True, allow_nan=False)
+        spoken = json.dumps(said, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"prompt takes messages that JSON can hold: {error}") from None
-    fields = json.dumps(body, sort_keys=True)
-    base_url = json.dumps(api.base_url)
     label = "".join(
-        f"{short}{body[name]:g}-" for short, name in (("t", "temperature"), ("p", "top_p"), ("n", "max_tokens"))
-        if name in body)
-    parameters = f"{label}{_sha256(base_url + fields)[:16]}"
-    # Sent in the order given, as a schema's order is the order of the answer's fields.
-    sent = f'{json.dumps(body)[:-1]}, "messages": {spoken}'
-    stored = f'{{"base_url": {base_url}, "messages": {spoken}, {fields[1:]}'
-    asked = prompt if isinstance(prompt, str) else _plain([dict(message) for message in prompt])
-    key = (_file_name(config.model), parameters, _sha256(spoken)[:40])
-    return _Request(config.model, asked, injected or "", sent, key, stored)
+        f"{short}{body[name]:g}-"
+        for short, name in (("t", "temperature"), ("p", "top_p"), ("n", "max_tokens"))
+        if isinstance(body.get(name), (int, float)))
+    hashed = _sha256(json.dumps(api.base_url) + json.dumps(body, sort_keys=True))
+    key = (
+        _file_name(config.model), label + hashed[:_PARAMETER_DIGITS],
+        _sha256(spoken)[:_PROMPT_DIGITS])
+    # The rest of the body in the order given: a schema's order is the order of the answer's fields.
+    said = json.loads(spoken)
+    return _Request(
+        config.model, prompt if isinstance(prompt, str) else _json_copy([dict(each) for each in prompt]),
+        injection, length, f"{api.base_url}/{path}", {**body, field: said},
+        _seed_name(config, api), options, key, {"base_url": api.base_url, **body, field: said})
 
 
-def _is_streamed(config: Config, row: _Provider) -> bool:
-    """Whether to ask for a stream: as the settings say, else where the provider's row needs it."""
-    if config.stream is not None or row.stream_above is None:
+def _seed_name(config: Config, api: _Api) -> Optional[str]:
+    """The body's field for the seed; None where none is sent."""
+    is_refused = any(
+        name == "seed" and re.search(pattern, config.model) for pattern, name in api.provider.omits)
+    return None if config.seed is None or is_refused else api.provider.seed
+
+
+def _is_streamed(config: Config, provider: _Provider) -> bool:
+    """Whether to ask for a stream: as the settings say, else where the provider needs it."""
+    if config.stream is not None or provider.stream_above is None:
         return bool(config.stream)
-    return max(config.max_tokens or 0, _whole(config.extra.get("max_completion_tokens"))) > row.stream_above
+    most = max(config.max_tokens or 0, _count(config.extra.get("max_completion_tokens")))
+    return most > provider.stream_above
 
 
 # == Retry =========================================================================================
 #
-# The whole policy, as pure functions: what may pass, how long the API asked to wait, and how long to
-# wait before the next attempt.
+# The whole policy, as pure functions: what is retried, how long the API asked to wait, whether a
+# limit lasts, and how long to wait before the next attempt.
 
 _BACKOFF = 1.0  # seconds before the first retry, at most; doubles with each
 _LONGEST_BACKOFF = 60.0  # seconds
-_LONGEST_WAIT = 600.0  # seconds; an API that asks for more has met a daily limit
+_LONGEST_WAIT = 600.0  # seconds; an API that asks for more has met a limit that lasts
+_UNIX_TIME = 1e9  # a wait that is not shorter is a time: seconds since 1970, from 2001 on
+_UNIX_MILLISECONDS = 1e11  # from here on in milliseconds: as seconds it is the year 5138
+
+# Codes and types of an account that has nothing left. 1113: z.ai.
+_NO_CREDIT = (
+    r"insufficient[ _](?:account[ _])?(?:quota|balance|credit|fund)|exceeded_current_quota|\b1113\b"
+    r"|(?:balance|credit)s? (?:is |are )?(?:insufficient|exhausted|too low)|out of credits?\b|\barrears?\b")
+# What lasts longer than minutes, as a word of a code, or next to "exceeded" in a message: after "20
+# per minute" the "200 per day" of the same sentence says only what the plan is.
+_DAILY = r"(?:per|by)[-_ ]?(?:day|week|month)|daily|monthly|weekly|today|tomorrow|86,?400 ?s"
+_EXCEEDED = r"exceed|reach|exhaust|used up|ran out"
+_NEAR = r"(?:(?!minute|second|hour|[.;,]\s|[()]).){0,160}?"
+_DAILY_LIMIT = rf"(?:{_EXCEEDED}){_NEAR}(?:{_DAILY})|(?:{_DAILY}){_NEAR}(?:{_EXCEEDED})"
 
 
-def _may_pass(status: int) -> bool:
-    """Whether a request that met *status* may succeed later. 498: Groq's flex tier has no room just now."""
-    return status >= 500 or status in (408, 409, 425, 429, 498)
+def _is_retryable(status: int) -> bool:
+    """Whether a request that met *status* may succeed later.
+
+    424: a generation that failed (TGI). 498: Groq's flex tier has no room just now. 499: the
+    connection to the upstream was closed.
+    """
+    return status >= 500 or status in (408, 409, 424, 425, 429, 498, 499)
 
 
-def _seconds(value: Any, unit: float = 1.0) -> Optional[float]:
-    try:
-        seconds = float(value) * unit
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return seconds if 0 <= seconds < math.inf else None
+def _date(value: Any) -> Optional[float]:
+    """An HTTP date as Unix seconds; None for anything else."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
+        return email.utils.parsedate_to_datetime(str(value)).timestamp()
+    return None
 
 
-def _asked_wait(status: int, headers: Mapping[str, str], error: Mapping[str, Any], now: float) -> Optional[float]:
-    """The longest wait in seconds that a failed reply asks for, or None. *now*: Unix seconds.
+def _wait_of(value: Any, now: float) -> Optional[float]:
+    """Seconds to wait by a Retry-After in any form: seconds, a date, a Unix time. *now*: Unix seconds."""
+    number = _seconds(value)
+    if number is None:
+        date = _date(value)
+        return None if date is None else max(0.0, date - now)
+    if number < _UNIX_TIME:
+        return number
+    return max(0.0, (number / 1000 if number >= _UNIX_MILLISECONDS else number) - now)
 
-    OpenRouter's error bodies repeat headers in ``metadata.headers``; X-RateLimit-Reset, which with
-    another status than 429 tells of something else, was observed in Unix milliseconds, in either place.
+
+def _retry_after(status: int, headers: Mapping[str, str], error: Mapping[str, Any]) -> Optional[float]:
+    """The longest wait in seconds that a failed reply asks for, or None.
+
+    Times are measured by the reply's own Date, as clocks differ. OpenRouter's error bodies repeat
+    headers in ``metadata.headers``. X-RateLimit-Reset, which with another status than 429 tells of
+    something else, was observed in Unix milliseconds; others count seconds there, or say "1s".
     """
     metadata = _dict(error.get("metadata"))
+    now = _date(headers.get("date")) or time.time()
     waits = [
-        _seconds(_dict(error.get("availability")).get("retry_after")), _seconds(metadata.get("retry_after_seconds"))]
+        _wait_of(_dict(error.get("availability")).get("retry_after"), now),
+        _wait_of(metadata.get("retry_after_seconds"), now)]
     for source in (headers, _dict(metadata.get("headers"))):
-        fields = {name.lower(): value for name, value in source.items()}
-        told = fields.get("retry-after")
-        waits += [_seconds(fields.get("retry-after-ms"), 0.001), _seconds(told)]
-        with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):  # a number, or not there: no date
-            waits.append(max(0.0, email.utils.parsedate_to_datetime(str(told)).timestamp() - now))
-        reset = _seconds(fields.get("x-ratelimit-reset"), 0.001)
-        if status == 429 and reset is not None and reset > 1e9:  # as milliseconds; others count seconds, or say "1s"
-            waits.append(max(0.0, reset - now))
+        fields = {str(name).lower(): value for name, value in source.items()}
+        waits.append(_seconds(fields.get("retry-after-ms"), 0.001))
+        for name in ("retry-after", "llm_provider-retry-after"):  # the latter is LiteLLM's
+            waits.append(_wait_of(fields.get(name), now))
+        reset = _seconds(fields.get("x-ratelimit-reset"))
+        if status == 429 and reset is not None and reset >= _UNIX_TIME:
+            waits.append(_wait_of(reset, now))
     return max((wait for wait in waits if wait is not None), default=None)
 
 
-def _next_wait(error: APIError, attempt: int, chance: float) -> float:
-    """Seconds to wait after the failed *attempt* (from 0): full jitter by *chance* in [0, 1), or as told."""
-    return max(chance * min(_LONGEST_BACKOFF, _BACKOFF * 2.0**min(attempt, 30)), error.retry_after or 0.0)
+def _why_it_lasts(status: int, error: Mapping[str, Any], words: str, wait: Optional[float]) -> str:
+    """Advice where a failure that looks like a passing one does not pass within minutes, or ''.
+
+    A stated wait is obeyed even where the message speaks of a daily limit: Groq's waits are short.
+    """
+    source = _dict(error.get("metadata")).get("limit_source")
+    fields = [error.get(name) for name in ("code", "type", "error_code", "status", "status_code")]
+    kinds = " ".join(str(kind) for kind in (*fields, source, error.get("details")))
+    if re.search(_NO_CREDIT, f"{kinds} {words}", re.I):
+        return "the account has no quota left: add credit"
+    is_daily = re.search(_DAILY, kinds, re.I) or (
+        wait is None and re.search(_DAILY_LIMIT, words, re.I | re.S))
+    if (wait or 0) <= _LONGEST_WAIT and not (status == 429 and is_daily):
+        return ""
+    when = f"the API asks to wait {wait / 60:.0f} minutes" if wait else (
+        "this limit does not lift within minutes")
+    return f"{when}: come back then; what arrived is in the cache"
+
+
+def _backoff(error: APIError, attempt: int, jitter: float) -> float:
+    """Seconds to wait after the failed *attempt* (from 0): full jitter in [0, 1), or as asked."""
+    longest = min(_LONGEST_BACKOFF, _BACKOFF * 2.0**min(attempt, 30))
+    return max(jitter * longest, error.retry_after or 0.0)
 
 
 # == Replies =======================================================================================
 #
-# What came back, read into a Response, or into the APIError that says why it cannot be. Every
-# APIError of the library is made here, and none holds the key, not even where a server repeats it.
+# What came back, read into a Response, or into the APIError that says why it cannot be. Every APIError
+# of a request is made here, and none holds the key, not even where a server repeats it. The form of a
+# body decides what it is, not its label.
+
+_MOST_WORDS = 1000  # characters of an API's own words in an error
+_LONGEST_REPLY = 64 * 2**20  # bytes, unpacked
+_FAILURES = ("error", "network_error", "insufficient_system_resource", "abort")  # finish reasons
+_WORD_FIELDS = (  # where APIs put their words
+    "message", "msg", "status_msg", "detail", "error_description", "error_message", "error_msg",
+    "html-message", "reason", "title")
+_PIECES = (  # of a streamed message, what comes in pieces
+    "content", "reasoning", "reasoning_content", "reasoning_details", "refusal", "tool_calls")
 
 _ADVICE = {
     400: "check the parameters, the model's id and the length of the prompt",
@@ -1174,67 +1492,109 @@ _ADVICE = {
     422: "a field of the request is not known here or out of range: see the API's words",
     429: "lower requests_per_minute or max_concurrency, or try again later",
 }
+_TEMPLATE_ADVICE = (
+    "the server's chat template drops or rewrites a part of the injected text: start the server with "
+    "another template, or pass endpoint='completions'")
 
 
-def _advice_of(api: _Api, status: Optional[int]) -> str:
+def _advice_of(api: _Api, status: Optional[int], words: str = "") -> str:
     if status is not None and 300 <= status < 400:
         return "redirects are not followed: set base_url to the address that answers"
-    return _ADVICE.get(status or 0, "").format(or_set=f" or set {api.key_name}" if api.key_name else "")
+    if status == 400 and "not appear in the chat" in words:
+        return _TEMPLATE_ADVICE
+    advice = _ADVICE.get(status or 0, "")
+    if status == 400 and "max_tokens" in words:
+        advice = "check max_tokens, which the API names, " + advice.partition(" ")[2]
+    return advice.format(or_set=f" or set {api.key_name}" if api.key_name else "")
 
 
 def _failure(
     api: _Api, message: str, status: Optional[int] = None, retryable: bool = True,
     retry_after: Optional[float] = None, advice: Optional[str] = None,
 ) -> APIError:
+    """The APIError with *message*, in one line, cut, and without the key."""
     if api.key:  # whole words of a short one, such as "x" for a server of one's own
         edge = r"\b" if len(api.key) < 8 else ""
         message = re.sub(edge + re.escape(api.key) + edge, "***", message)
     message = re.sub(r"\s+", " ", message).strip()
+    if advice is None:
+        advice = _advice_of(api, status, message)
+    cut = message if len(message) <= _MOST_WORDS else message[:_MOST_WORDS] + "…"
     return APIError(
-        message if len(message) <= 1000 else message[:1000] + "…", status=status, provider=api.name,
-        retryable=retryable, retry_after=retry_after, advice=_advice_of(api, status) if advice is None else advice)
+        cut, status=status, provider=api.name, retryable=retryable, retry_after=retry_after,
+        advice=advice)
 
 
-def _refusal(api: _Api, status: int, headers: Mapping[str, str], data: Any, text: str = "") -> APIError:
-    """The APIError for a reply of *status* whose body is *data*, or *text* where that is no JSON."""
-    error = _dict(data).get("error") or data
-    if not isinstance(error, dict):
-        error = {"message": error}
+def _said(value: Any) -> str:
+    """*value* as words: a str as it is, anything else as JSON with its letters."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _plain_text(page: str) -> str:
+    """The words of an HTML page: its title stands in its body too, or else it is all there is."""
+    page = page[:20_000]
+    body = re.sub(r"<(style|script|head)\b.*?</\1>|<[^>]*>", " ", page, flags=re.S | re.I)
+    return "an HTML page: " + (body if body.strip() else re.sub(r"<[^>]*>", " ", page))
+
+
+def _error_in(data: Any) -> dict[str, Any]:
+    """The part of a reply that describes an error: a dict, empty where it holds nothing."""
+    if isinstance(data, list) and data:
+        data = data[0]  # Gemini's form
+    for name in ("error", "errors", "base_resp"):
+        inner = _dict(data).get(name)
+        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            inner = inner[0]
+        if inner:
+            data = inner if isinstance(inner, dict) else {"message": inner}
+            break
+    return data if isinstance(data, dict) else {"message": data} if data else {}
+
+
+def _words_of(error: Mapping[str, Any], whole: Any) -> str:
+    """The API's own words; where no known field holds them, the *whole* body."""
     metadata = _dict(error.get("metadata"))
+    words = [next((error[name] for name in _WORD_FIELDS if error.get(name)), None)]
+    words += [metadata.get("raw"), metadata.get("reasons")]
+    text = ": ".join(_said(word) for word in words if word)
+    if not text and whole:
+        text = _said(whole)
+    upstream = metadata.get("provider_name")
+    return f"{text} (from {upstream})" if upstream else text
+
+
+def _refusal(
+    api: _Api, status: int, headers: Mapping[str, str], data: Any, text: str = ""
+) -> APIError:
+    """The APIError for a reply of *status* whose body is *data*, or *text* where that is no JSON."""
+    error = _error_in(data)
+    words = _words_of(error, data or text)
     if 300 <= status < 400:
-        text = f"it redirects to {headers.get('location')}"
-    words = [error.get("message") or error.get("detail") or text, metadata.get("raw")]
-    message = ": ".join(word if isinstance(word, str) else json.dumps(word) for word in words if word)
-    if message.lstrip().startswith("<"):
-        tags = r"<style.*?</style>|<script.*?</script>|<[^>]*>"
-        message = "an HTML page: " + re.sub(tags, " ", message[:20_000], flags=re.DOTALL)
-    wait = _asked_wait(status, headers, error, time.time())
-    told = _dict(error.get("availability")).get("retryable")
-    retryable = told if isinstance(told, bool) else _may_pass(status)
-    advice = None
-    kinds = f"{error.get('code')} {error.get('type')} {metadata.get('limit_source')}"
-    # A stated wait is obeyed even where the message speaks of a daily limit: Groq's waits are short.
-    daily = re.search(r"per[-_ ]?day|daily", kinds if wait is not None else f"{kinds} {message}", re.IGNORECASE)
-    if "insufficient_quota" in kinds:
-        retryable, advice = False, "the account has no quota left: add credit"
-    elif retryable and ((wait or 0) > _LONGEST_WAIT or (daily and status == 429)):
-        when = f"the API asks to wait {wait / 60:.0f} minutes" if wait else "this limit does not lift within minutes"
-        retryable, advice = False, f"{when}: come back then; what arrived is in the cache"
-    return _failure(api, message or http.client.responses.get(status, ""), status, retryable, wait, advice)
+        words = f"it redirects to {headers.get('location')}"
+    elif words.lstrip().startswith("<"):
+        words = _plain_text(words)
+    wait = _retry_after(status, headers, error)
+    stated = _dict(error.get("availability")).get("retryable")
+    is_retryable = stated if isinstance(stated, bool) else _is_retryable(status)
+    advice = _why_it_lasts(status, error, words, wait) if is_retryable else ""
+    reason = http.client.responses.get(status, "")
+    return _failure(
+        api, words or reason, status, is_retryable and not advice, wait, advice or None)
 
 
-def _no_reply(api: _Api, error: Exception, timeout: float) -> APIError:
+def _connection_error(api: _Api, error: Exception, timeout: float) -> APIError:
     """The APIError for an exception on the way to a reply."""
-    words, retryable, advice = f"{type(error).__name__}: {error}", True, "check the connection, or base_url"
+    words, is_retryable = f"{type(error).__name__}: {error}", True
+    advice = "check the connection, or base_url"
     proxy = re.search(r"Tunnel connection failed: (\d+)", str(error))
-    if isinstance(error, ssl.SSLCertVerificationError):
-        retryable = False
-        advice = ("the certificate is not trusted: point SSL_CERT_FILE to your organisation's certificates; with "
-                  "python.org's build on macOS run 'Install Certificates.command' once")
-    elif isinstance(error, (TimeoutError, socket.timeout)) and not error.errno:  # with one, keepalive gave up
-        words, advice = f"no complete reply within {timeout:g} s", "raise timeout=…, or ask for fewer max_tokens"
+    if isinstance(error, ssl.SSLError):
+        words, is_retryable, advice = _tls_error(error, words, advice)
+    elif isinstance(error, (TimeoutError, socket.timeout)) and not error.errno:
+        words = f"no complete reply within {timeout:g} s"
+        advice = "raise timeout=…, or ask for fewer max_tokens"
     elif isinstance(error, socket.gaierror):
-        words = f"the name of {urllib.parse.urlsplit(api.base_url).hostname} (or of a proxy) was not resolved: {error}"
+        host = urllib.parse.urlsplit(api.base_url).hostname
+        words = f"the name of {host} (or of a proxy) was not resolved: {error}"
         advice = "check the network, base_url and HTTPS_PROXY"
     elif isinstance(error, http.client.IncompleteRead):
         words = "the reply broke off"
@@ -1242,141 +1602,319 @@ def _no_reply(api: _Api, error: Exception, timeout: float) -> APIError:
         words = f"{api.base_url} refused the connection"
         advice = "is the server running there, and the proxy, if HTTP_PROXY or HTTPS_PROXY names one?"
     elif proxy:
-        retryable = int(proxy[1]) >= 500
+        is_retryable = int(proxy[1]) >= 500
         advice = _ADVICE[407] if proxy[1] == "407" else "check HTTPS_PROXY and NO_PROXY"
     elif isinstance(error, _TooLong):
         words, advice = str(error), "ask for fewer max_tokens"
-    elif isinstance(error, OSError) and error.errno == errno.EMFILE:
+    elif isinstance(error, _SocksProxy):
+        words, is_retryable, advice = str(error), False, "name an HTTP proxy, or set NO_PROXY"
+    elif _is_scarcity(error):
         advice = "too many open files: raise 'ulimit -n', or lower max_concurrency"
-    failure = _failure(api, words, None, retryable, None, advice)
+    failure = _failure(api, words, None, is_retryable, None, advice)
     error.__context__ = None
     if not api.key or api.key not in repr((error, error.args, vars(error))):
         failure.__cause__ = error.with_traceback(None)
     return failure
 
 
-def _events(pieces: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a stream of server-sent events. ConnectionError where it ends without [DONE]."""
-    begun: list[bytes] = []  # the line under way, in pieces: joined once, however small they are
-    data: list[bytes] = []  # the data lines of the event under way; other lines are comments and names
-    for piece in itertools.chain(pieces, (b"\n\n",)):
-        *lines, rest = piece.split(b"\n")
-        for line in lines:
-            line = b"".join((*begun, line)).rstrip(b"\r")
-            begun.clear()
-            if line.startswith(b"data:"):
-                data.append(line[5:])
-            elif not line and data:
-                event = b"\n".join(data).strip()
-                data.clear()
-                if event == b"[DONE]":
-                    return
-                yield _dict(json.loads(event))
-        begun.append(rest)
-    raise ConnectionError("the stream ended without [DONE]")
+def _tls_error(error: ssl.SSLError, words: str, advice: str) -> tuple[str, bool, str]:
+    """(words, whether it is retryable, advice) for a connection that TLS refused."""
+    if "WRONG_VERSION_NUMBER" in words or "HTTP_REQUEST" in words:
+        return words, False, "nothing speaks TLS at this port: does base_url begin with http://?"
+    if not isinstance(error, ssl.SSLCertVerificationError):
+        return words, True, advice
+    # What VERIFY_X509_STRICT, on from Python 3.13, asks of certificates that are trusted.
+    if re.search(r"Key Identifier|Basic Constraints|key usage|critical", words, re.I):
+        return words, False, (
+            "a certificate of the chain lacks what Python 3.13 asks for (RFC 5280, VERIFY_X509_STRICT): "
+            "have it reissued, or run an earlier Python")
+    return words, False, (
+        "the certificate is not trusted: point SSL_CERT_FILE to your organisation's certificates; with "
+        "python.org's build on macOS run 'Install Certificates.command' once")
 
 
-def _assemble(pieces: Iterable[bytes]) -> dict[str, Any]:
-    """The unstreamed reply that a stream amounts to. ConnectionError where it breaks off."""
+def _unpacked(body: bytes, encoding: str) -> bytes:
+    """*body* without gzip or deflate, which some proxies use unasked.
+
+    Its first bytes decide; only deflate without a header has none that tell.
+    """
+    forms = [(b"\x1f\x8b", 31), (b"\x78", 15), *([(b"", -15)] if "deflate" in encoding else [])]
+    for start, bits in forms:
+        if body.startswith(start):
+            with contextlib.suppress(zlib.error):
+                unpacker = zlib.decompressobj(bits)
+                unpacked = unpacker.decompress(body, _LONGEST_REPLY)
+                if unpacker.unconsumed_tail:
+                    raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
+                return unpacked
+    return body
+
+
+def _events(text: str) -> Iterator[Any]:
+    """The JSON values of a stream of server-sent events, up to its [DONE], which is yielded as None.
+
+    An event of the name "error", and a line of the field "error", yield {"error": …}. A line that
+    is bare JSON counts as an event. Comments and empty events are passed over.
+    """
+    data: list[str] = []
+    name = ""
+    for line in itertools.chain(re.split(r"\r\n|\n|\r", text), ("",)):
+        field, _, value = line.partition(":")
+        if line.startswith("{"):
+            yield json.loads(line)
+        elif field == "error":
+            yield {"error": json.loads(value) if value.lstrip().startswith("{") else value}
+        elif field == "data":
+            data.append(value)
+        elif field == "event":
+            name = value.strip()
+        elif not line:
+            joined = "\n".join(data).strip()
+            if joined == "[DONE]":
+                yield None
+                return
+            if joined and name == "error":
+                yield {"error": json.loads(joined) if joined.startswith("{") else joined}
+            elif joined:
+                yield json.loads(joined)
+            data, name = [], ""
+
+
+def _joined(pieces: Sequence[Any]) -> Any:
+    """The pieces of a streamed field in one: texts joined, unless one of them is a list."""
+    if all(isinstance(piece, str) for piece in pieces):
+        text = "".join(pieces)
+        return re.sub(  # an emoji may be split over two events
+            "[\ud800-\udbff][\udc00-\udfff]",
+            lambda pair: chr(0x10000 + (ord(pair[0][0]) - 0xd800 << 10) + ord(pair[0][1]) - 0xdc00), text)
+    lists = [piece if isinstance(piece, list) else [piece] for piece in pieces]
+    return list(itertools.chain.from_iterable(lists))
+
+
+def _assembled(events: Iterable[Any]) -> tuple[Any, bool]:
+    """(the unstreamed reply that a stream amounts to, whether it came to its end).
+
+    Without any finish_reason a stream is whole where [DONE] came and no chunk carried a null one:
+    llama-cpp-python ends an older stream so when another request arrives (observed).
+    """
     reply: dict[str, Any] = {}
-    names = ("content", "reasoning", "reasoning_content", "reasoning_details", "refusal", "tool_calls")
-    message: dict[str, list[Any]] = {name: [] for name in names}
-    choice: dict[str, Any] = {"message": message, "finish_reason": None}
-    try:
-        for event in _events(pieces):
-            if event.get("error") or event.get("object") == "error":
-                return event
-            reply.update((name, value) for name, value in event.items() if value and name != "choices")
-            for part in map(_dict, event["choices"] if isinstance(event.get("choices"), list) else ()):
-                if part.get("index"):
-                    continue
-                choice.update((name, part[name]) for name in ("finish_reason", "error") if part.get(name))
-                for name, value in _dict(part.get("delta")).items():
-                    if value and name in message:
-                        message[name] += value if isinstance(value, list) else [value]
-    except (OSError, http.client.HTTPException, ValueError):
-        if not choice["finish_reason"]:
-            raise
-    return {**reply, "choices": [choice]}
+    pieces: dict[str, list[Any]] = {}
+    choice: dict[str, Any] = {}
+    is_done = has_null = False
+    for event in events:
+        if event is None:
+            is_done = True
+            break
+        event = _dict(event)
+        choices = event.get("choices")
+        if _fails(event):
+            return event, True
+        reply.update((name, value) for name, value in event.items() if value and name != "choices")
+        for part in map(_dict, choices if isinstance(choices, list) else ()):
+            if part.get("index"):
+                continue
+            has_null = has_null or ("finish_reason" in part and part["finish_reason"] is None)
+            for name in ("finish_reason", "error"):
+                if part.get(name):
+                    choice[name] = part[name]
+            if part.get("usage"):
+                reply["usage"] = part["usage"]  # Moonshot's place for it
+            for name, value in _message_in(part).items():
+                if name in _PIECES and isinstance(value, (str, list)):
+                    pieces.setdefault(name, []).append(value)
+    choice["message"] = {name: _joined(values) for name, values in pieces.items()}
+    is_whole = "finish_reason" in choice or (is_done and not has_null) or "error" in choice
+    return {**reply, "choices": [choice]}, is_whole
 
 
-def _usage_of(usage: Mapping[str, Any]) -> Usage:
-    prompt, completion = _whole(usage.get("prompt_tokens")), _whole(usage.get("completion_tokens"))
+def _message_in(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """The message of a choice, or the piece of one; raw completions have a text in its place."""
+    if isinstance(choice.get("text"), str):
+        return {"content": choice["text"]}
+    return _dict(choice.get("delta")) or _dict(choice.get("message"))
+
+
+def _fails(data: Mapping[str, Any]) -> bool:
+    """Whether a reply of status 200 says that it failed, in one of the many ways of saying so."""
+    base = _dict(data.get("base_resp")).get("status_code")  # MiniMax's; 0 is good
+    is_bare = "choices" not in data and ("code" in data or "error_code" in data) and (
+        "message" in data or "msg" in data)
+    return bool(
+        data.get("error") or data.get("errors") or base or data.get("object") == "error"
+        or data.get("success") is False or is_bare)
+
+
+def _parsed(content: bytes) -> tuple[Any, bool]:
+    """(the JSON of a body, put together where it is a stream; whether it is whole). ValueError."""
+    text = content.decode().lstrip("\ufeff \t\r\n")
+    if re.match(r"(?:data|event|error|id|retry)?:", text):
+        return _assembled(_events(text))
+    return json.loads(text), True
+
+
+def _usage_of(data: Mapping[str, Any]) -> Usage:
+    """Counts under the names of OpenAI, or of Anthropic; a str of digits counts too.
+
+    With a key of one's own (BYOK) OpenRouter's `cost` is its fee alone; what the upstream charged
+    stands in cost_details (documented).
+    """
+    def count(*names: str) -> int:
+        return next((number for name in names if (number := _count(data.get(name)))), 0)
+
+    details = {
+        **_dict(data.get("completion_tokens_details")), **_dict(data.get("prompt_tokens_details"))}
+    prompt = count("prompt_tokens", "input_tokens")
+    completion = count("completion_tokens", "output_tokens")
+    cached = _count(details.get("cached_tokens")) or count(
+        "prompt_cache_hit_tokens", "cache_read_input_tokens", "cached_tokens")
+    cost = _seconds(data.get("cost")) or 0.0
+    if data.get("is_byok"):
+        cost += _seconds(_dict(data.get("cost_details")).get("upstream_inference_cost")) or 0.0
     return Usage(
-        prompt, completion, _whole(usage.get("total_tokens")) or prompt + completion,
-        _whole(_dict(usage.get("completion_tokens_details")).get("reasoning_tokens")),
-        _whole(_dict(usage.get("prompt_tokens_details")).get("cached_tokens") or usage.get("prompt_cache_hit_tokens")),
-        _seconds(usage.get("cost")) or 0.0)
+        prompt, completion, count("total_tokens") or prompt + completion,
+        _count(details.get("reasoning_tokens")), cached, cost)
 
 
-def _read_json(api: _Api, status: int, headers: Mapping[str, str], pieces: Iterable[bytes]) -> Any:
-    """The JSON of a reply, put together where it is streamed. APIError where it is none."""
-    if status == 200 and headers.get("content-type", "").startswith("text/event-stream"):
-        try:
-            return _assemble(pieces)
-        except (ValueError, RecursionError) as error:
-            raise _failure(api, f"a broken event in the stream: {error}", status) from None
-    raw = b"".join(pieces)
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raw = raw.replace(api.key.encode(), b"***") if api.key else raw  # before it is cut
-        text = raw[:20_000].decode(errors="replace").strip()
-        if status != 200:
-            raise _refusal(api, status, headers, None, text) from None
-        raise _failure(api, f"a reply that is no JSON ({error}): {text[:200]!r}", status) from None
+def _why_not_whole(response: Response) -> str:
+    """Why *response* is not to be kept, or ''. Live replies and entries of the cache are asked alike."""
+    if response.finish_reason in _FAILURES:
+        return f"finish_reason is {response.finish_reason!r}"
+    if not (response.content or response.reasoning or response.usage.completion_tokens):
+        if response.finish_reason is None:
+            return "an empty reply without a finish reason"
+        return f"an empty reply of no tokens (finish_reason {response.finish_reason!r})"
+    return ""
+
+
+class _Body(NamedTuple):
+    """A reply as it came: what was received of it, and what cut it short, if anything did."""
+
+    status: int
+    headers: Mapping[str, str]  # names in small letters
+    content: bytes
+    broken: Optional[Exception] = None
 
 
 def _read_reply(
-    api: _Api, request: _Request, seed: int, status: int, headers: Mapping[str, str], pieces: Iterable[bytes]
-) -> Response:
-    """The Response in a reply. APIError where there is none in it."""
-    data = _read_json(api, status, headers, pieces)
-    if status != 200:
-        raise _refusal(api, status, headers, data)
-    data = _dict(data)
+    api: _Api, request: _Request, seed: int, body: _Body, streamed: bool
+) -> tuple[Response, Optional[str]]:
+    """(the Response in a reply, the provider that the reply tells of where none was named).
+
+    APIError, or what broke the reply off, where there is no whole answer in it.
+    """
+    problem: Optional[Exception] = None
+    data, is_whole = None, False
+    content = _unpacked(body.content, body.headers.get("content-encoding") or "")
+    try:
+        data, is_whole = _parsed(content)
+    except (ValueError, RecursionError) as error:
+        problem = error
+    text = content.decode(errors="replace").strip()
+    if api.key:
+        text = text.replace(api.key, "***")  # before it is cut
+    if not 200 <= body.status < 300:
+        raise _refusal(api, body.status, body.headers, data if is_whole else None, text)
+    if not is_whole:
+        if body.broken is not None:
+            raise body.broken
+        if problem is None or (streamed and not text):
+            raise ConnectionError("the stream ended early")
+        raise _failure(api, f"a reply that is no JSON ({problem}): {text[:200]!r}", body.status)
+    if isinstance(data, list) and data:
+        data = data[0]
+    return _read_choice(api, request, seed, body, _dict(data), streamed)
+
+
+def _read_choice(
+    api: _Api, request: _Request, seed: int, body: _Body, data: Mapping[str, Any], streamed: bool
+) -> tuple[Response, Optional[str]]:
+    """What _read_reply returns, from the JSON of a reply that came to its end."""
     choices = data.get("choices")
     choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
     finish_reason = choice.get("finish_reason")
-    error = data.get("error") or choice.get("error") or (data if data.get("object") == "error" else None)
-    if error or finish_reason == "error":
-        code = _whole(_seconds(_dict(error).get("code") or _dict(error).get("http_status")))
-        raise _refusal(api, code if 400 <= code < 600 else 502, headers, {"error": error or "finish_reason is 'error'"})
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        raise _failure(api, "a reply without choices", status)
-    reasoning, content, completed = _read_message(message, request.injected, api.row.echoes)
-    if not (finish_reason or content or reasoning):
-        raise _failure(api, "an empty reply without a finish reason", status)
-    return Response(
-        content, reasoning, completed, str(finish_reason) if finish_reason else None, seed,
-        _usage_of(_dict(data.get("usage"))), str(data.get("model") or request.model),
-        str(data.get("provider") or api.name), str(data.get("id") or headers.get("x-generation-id") or ""),
-        _whole(data.get("created")) or int(time.time()))
+    if _fails(data) or choice.get("error"):
+        # An error beside a good choice is none of a good choice.
+        raise _error_within(api, body.headers, {"error": choice["error"]} if not _fails(data) else data)
+    message = _message_in(choice)
+    if not message:
+        words = f"a reply without choices: {_words_of(data, data)}"
+        raise _failure(api, words if data else "a reply without choices", body.status)
+    recognised = None
+    if api.name not in _PROVIDERS:
+        recognised = _recognised(body.headers, data.get("system_fingerprint"))
+    usage = _dict(data.get("usage"))
+    server = recognised or api.name
+    expected = _expected(request, _PROVIDERS.get(server, api.provider), finish_reason, streamed)
+    if server == "vllm" and "completion_tokens_details" in usage:  # an object with a parser, else null
+        expected = expected._replace(has_parser=bool(usage["completion_tokens_details"]))
+    reasoning, content, is_closed = _read_message(message, expected)
+    response = Response(
+        content, reasoning, is_closed, str(finish_reason) if finish_reason else None, seed,
+        _usage_of(usage), str(data.get("model") or request.model),
+        str(data.get("provider") or api.name),
+        str(data.get("id") or body.headers.get("x-generation-id") or ""),
+        _count(data.get("created")) or int(time.time()))
+    problem = _why_not_whole(response)
+    if problem:
+        status = 502 if response.finish_reason in _FAILURES else body.status
+        raise _failure(api, problem, status)
+    return response, recognised
+
+
+def _expected(
+    request: _Request, provider: _Provider, finish_reason: Any, streamed: bool
+) -> _Expected:
+    """What is known of a reply to *request* before its message is read."""
+    # With this flag llama.cpp's streams do not repeat what was injected (observed).
+    is_flagged = streamed and "continue_final_message" in request.body
+    return _Expected(
+        request.injection, provider.echoes and not is_flagged, request.hides_thoughts,
+        may_be_answer=finish_reason == "stop" and not request.body.get("stop"))
+
+
+def _error_within(api: _Api, headers: Mapping[str, str], data: Mapping[str, Any]) -> APIError:
+    """The APIError for a reply of status 200 that holds an error: of the status that it names, or 502."""
+    error = _error_in(data)
+    named = [error.get(name) for name in ("code", "http_status", "status_code", "status")]
+    status = next((each for each in map(_count, named) if 400 <= each < 600), 502)
+    return _refusal(api, status, headers, data)
 
 
 # == Transport =====================================================================================
 #
 # Bytes out, bytes in. urllib.request stays in charge, so that proxies, NO_PROXY and certificates work
-# as people expect; our handler for it keeps the connections, which its own does not. It knows of no
-# JSON and no retry, but for one: a kept connection that turns out to be closed is replaced.
+# as people expect. Our handler for it keeps connections, which its own does not. It knows of no JSON
+# and no retry, but for one: a kept connection that turns out to be closed is replaced.
+#
+# Threads that draw are joined when the process exits, so none may be stuck in a long wait that nobody
+# wants: each wait is a short one, and before the next the thread looks whether it is to go on.
 
-_LONGEST_REPLY = 64 * 2**20  # bytes
-_CONNECT_TIMEOUT = 30.0  # seconds, for each address of a name: one that is dead must not cost the whole timeout
+_SLICE = 0.5  # seconds of one wait: Ctrl-C is to end a call within a second
+_CONNECT_TIMEOUT = 30.0  # seconds for each address of a name: a dead one must not cost all the timeout
 _IDLE_CONNECTION = 60.0  # seconds a connection is kept unused: less than gateways keep it
-_STALE = 2.0  # seconds within which a connection that the server had closed shows it; later, work was lost
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # select() takes no file above 1023
-_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4))
+_SHORT_KEEP_ALIVE = 10  # seconds; a server that announces less binds a worker to each connection
+_LAST_CHUNK = 0.5  # seconds to wait, after [DONE], for the final chunk, which has usually arrived by then
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # select() stops at file 1023
+_KEEPALIVE = (  # seconds, seconds, seconds, probes; the second is macOS's name for the first
+    ("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4))
+_IN_PROGRESS = (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", -1))
+# How a kept connection fails that the server has closed.
+_CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+_DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]")  # a model's own "[DONE]" never begins a line
+
+
+class _Post(urllib.request.Request):
+    """A request with its deadline, by time.monotonic(), and a function that says whether to go on."""
+
+    deadline = 0.0
+    is_cancelled: Callable[[], bool] = bool
 
 
 class _Reader(io.RawIOBase):
-    """The bytes of a socket until its connection's deadline, which no timeout of a socket can be.
+    """The bytes that a connection receives, as http.client reads them."""
 
-    A socket's timeout starts anew with each byte, and OpenRouter pads a waiting reply with spaces.
-    """
-
-    def __init__(self, connection: _Connection) -> None:
-        self._connection = connection
+    def __init__(self, receive: Callable[[Any], int]) -> None:
+        self._receive = receive
 
     def makefile(self, mode: str) -> io.BufferedReader:  # all that HTTPResponse asks of a socket
         return io.BufferedReader(self, 16384)
@@ -1385,110 +1923,164 @@ class _Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._connection.limit()
-        count = self._connection.sock.recv_into(buffer)
-        self._connection.received += count
-        if self._connection.received > _LONGEST_REPLY:
-            raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
-        return count
+        return self._receive(buffer)
 
 
 class _Reply(http.client.HTTPResponse):
-    """A reply that knows its connection."""
+    """A reply that knows its connection, a _Connection (see below)."""
 
-    def __init__(self, connection: _Connection) -> None:
-        super().__init__(_Reader(connection))  # type: ignore[arg-type]
+    def __init__(self, connection: Any) -> None:
+        super().__init__(_Reader(connection.receive))  # type: ignore[arg-type]
         self.connection = connection
+        self.begin()
 
-    def begin(self) -> None:
-        """Read the status line and the headers, as the base class does, but into a dict of small names.
-
-        Its parser, made for mail, takes as long as all the rest of a request and its reply.
-        """
-        self.code = self.status = 100
-        while self.status < 200:
-            version, self.status, reason = self._read_status()  # type: ignore[attr-defined]
-            headers: dict[str, str] = {}
-            while True:
-                line = self.fp.readline(65537)
-                if len(line) > 65536 or len(headers) > 256:
-                    raise http.client.LineTooLong("header line")
-                if line in (b"\r\n", b"\n", b""):
+    def read_all(self) -> _Body:
+        """The body as far as it comes. A stream is over with its [DONE]."""
+        pieces: list[bytes] = []
+        broken: Optional[Exception] = None
+        is_done = False
+        try:
+            if (self.length or 0) > _LONGEST_REPLY:
+                raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
+            while not self.isclosed():
+                # read1 does not count down a Content-Length before Python 3.12; read waits for all.
+                piece = self.read1(65536) if self.length is None else self.read(min(self.length, 65536))
+                if not piece:
                     break
-                name, _, value = line.decode("iso-8859-1").partition(":")
-                headers[name.strip().lower()] = value.strip()
-        self.code, self.reason, self.headers = self.status, reason.strip(), headers  # type: ignore[assignment]
-        self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
-        self.chunk_left = None
-        size = headers.get("content-length", "")
-        self.length = int(size) if size.isdecimal() and len(size) < 20 and not self.chunked else None
-        if self.status in (204, 304):
-            self.length = 0
-        asked = headers.get("connection", "").lower()
-        self.will_close = "close" in asked or (version == "HTTP/1.0" and "keep-alive" not in asked) or (
-            self.length is None and not self.chunked)
+                pieces.append(piece)
+                if not is_done and _DONE.search(b"".join(pieces[-2:])):
+                    is_done = True
+                    limit = time.monotonic() + _LAST_CHUNK
+                    self.connection.deadline = min(self.connection.deadline, limit)
+            if self.length:
+                raise http.client.IncompleteRead(b"", self.length)
+        except (OSError, http.client.HTTPException) as error:
+            if not is_done:
+                broken = error
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        return _Body(self.status, headers, b"".join(pieces), broken)
 
-    def pieces(self) -> Iterator[bytes]:
-        """The body as it arrives. IncompleteRead where it ends early."""
-        if (self.length or 0) > _LONGEST_REPLY:
-            raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
-        piece = b"more"
-        while piece and not self.isclosed():
-            # read1 does not count down a Content-Length before Python 3.12; read waits for all it is asked.
-            piece = self.read1(65536) if self.length is None else self.read(min(self.length, 65536))
-            yield piece
-        if self.length:
-            raise http.client.IncompleteRead(b"", self.length)
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether the connection can serve another request, and the server has a worker to spare for it."""
+        seconds = re.search(r"timeout=(\d+)", self.headers.get("keep-alive") or "")
+        is_short = seconds is not None and int(seconds[1]) < _SHORT_KEEP_ALIVE
+        return self.isclosed() and not self.will_close and not is_short and (
+            self.headers.get("server") != "llama.cpp")
 
 
-class _Connection(http.client.HTTPConnection):
-    """A connection on which nothing outlasts the deadline of the request under way."""
+class _Connection:
+    """A socket on which no wait is long, and none outlasts the deadline of the request under way.
 
-    deadline = 0.0  # by time.monotonic()
-    received = 0  # bytes, since the request
-    idle_since = 0.0
-    key: tuple[Optional[str], ...] = ()
+    No timeout of a socket can be that deadline: it starts anew with each byte, and OpenRouter pads a
+    waiting reply with spaces.
+    """
 
-    def remaining(self) -> float:
+    def __init__(self, key: tuple[str, str, str]) -> None:
+        self.key = key
+        self.sock: Any = None
+        self.idle_since = 0.0
+        self.deadline = 0.0  # by time.monotonic()
+        self.received = 0  # bytes since the request
+        self.is_cancelled: Callable[[], bool] = bool
+
+    def begin(self, request: _Post) -> None:
+        self.deadline, self.is_cancelled = request.deadline, request.is_cancelled
+        self.received = 0
+
+    def _remaining(self) -> float:
+        """Seconds of the next wait. TimeoutError after the deadline, _GivenUp where nobody waits."""
+        if self.is_cancelled():
+            raise _GivenUp
         remaining = self.deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("the deadline is over")
-        return remaining
+        return min(remaining, _SLICE)
 
-    def limit(self) -> None:
-        """Let the socket wait until the deadline; a twentieth of a second is not worth the system call."""
-        remaining = self.remaining()
-        if abs((self.sock.gettimeout() or -1) - remaining) > 0.05:
-            self.sock.settimeout(remaining)
+    def _wait(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """Do what may block, in short waits. TLS too can go on where a wait ended (its documentation)."""
+        while True:
+            seconds = self._remaining()
+            if self.sock.gettimeout() != seconds:  # to set it is a system call
+                self.sock.settimeout(seconds)
+            try:
+                return operation(*arguments)
+            except (TimeoutError, socket.timeout) as error:
+                if error.errno:  # keepalive gave up
+                    raise
 
-    def response_class(self, *_: Any, **__: Any) -> _Reply:  # type: ignore[override]
-        return _Reply(self)  # a proxy's, to CONNECT
+    def receive(self, buffer: Any) -> int:
+        count = int(self._wait(self.sock.recv_into, buffer))
+        self.received += count
+        if self.received > _LONGEST_REPLY:
+            raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
+        return count
 
-    def connect(self) -> None:
-        self.timeout = min(self.remaining(), _CONNECT_TIMEOUT)
-        try:
-            super().connect()
-        except (TimeoutError, socket.timeout):
-            self.remaining()  # raises where it is the deadline that is over
-            raise ConnectionError(f"no connection within {self.timeout:g} s") from None
-        with contextlib.suppress(OSError):  # a sandbox may not let us
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in _KEEPALIVE:
-                if hasattr(socket, name):
-                    self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-    def post(self, selector: str, body: Any, headers: Mapping[str, str]) -> _Reply:
-        """Send a request in one piece, where http.client sends its head first, and read its reply's head."""
-        if self.sock is None:
-            self.connect()
-        self.limit()
-        lines = (f"POST {selector} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "\r\n")
-        # Where the other end closes, its reply may have come before all was sent.
+    def _send(self, data: bytes) -> None:
+        """Send all of *data*. Where the other end closes, its reply may have come before all was sent."""
+        rest = memoryview(data)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
-            self.sock.sendall("\r\n".join(lines).encode("latin-1") + body)
-        reply = _Reply(self)
-        reply.begin()
-        return reply
+            while rest:
+                rest = rest[self._wait(self.sock.send, rest):]
+
+    def connect(self, host: str, tunnel: str, proxy_headers: Mapping[str, str], context: Any) -> None:
+        """Connect to *host*; through a CONNECT to *tunnel*, if it names one; over TLS with a *context*."""
+        address = urllib.parse.urlsplit("//" + host)
+        self._connect_to(str(address.hostname), address.port or (443 if context else 80))
+        if tunnel:
+            target = urllib.parse.urlsplit("//" + tunnel)
+            where = f"{target.hostname}:{target.port or 443}"
+            lines = [f"CONNECT {where} HTTP/1.1", f"Host: {where}"]
+            lines += [f"{name}: {value}" for name, value in proxy_headers.items()]
+            self._send("\r\n".join((*lines, "", "")).encode("latin-1"))
+            reply = _Reply(self)
+            if reply.status != 200:
+                raise OSError(f"Tunnel connection failed: {reply.status} {reply.reason}")
+            address = target
+        if context is not None:
+            self.sock = context.wrap_socket(
+                self.sock, server_hostname=address.hostname, do_handshake_on_connect=False)
+            self._wait(self.sock.do_handshake)
+
+    def _connect_to(self, host: str, port: int) -> None:
+        failure = OSError(f"{host} has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            self.sock = socket.socket(family, kind, protocol)
+            try:
+                self.sock.setblocking(False)
+                self._await_connection(self.sock.connect_ex(address))
+            except OSError as error:
+                self.close()
+                failure = error
+                self._remaining()  # raises where it is the deadline that is over
+                continue
+            with contextlib.suppress(OSError):  # a sandbox may not let us
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in _KEEPALIVE:
+                    if hasattr(socket, name):
+                        self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            return
+        raise failure
+
+    def _await_connection(self, code: int) -> None:
+        """Wait until the socket is connected. *code*: of connect_ex. OSError where it is refused."""
+        limit = time.monotonic() + _CONNECT_TIMEOUT
+        with _Selector() as selector:
+            selector.register(self.sock, selectors.EVENT_WRITE)
+            while code in _IN_PROGRESS:
+                if time.monotonic() > limit:
+                    raise ConnectionError(f"no connection within {_CONNECT_TIMEOUT:g} s")
+                if selector.select(self._remaining()):
+                    code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    def post(self, selector: str, headers: Mapping[str, str], body: bytes) -> _Reply:
+        """Send a request in one piece, and read the head of its reply."""
+        lines = [f"POST {selector} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        self._send("\r\n".join((*lines, "", "")).encode("latin-1") + body)
+        return _Reply(self)
 
     def is_alive(self) -> bool:
         """Whether the server has neither closed this idle connection nor sent anything on it."""
@@ -1498,54 +2090,62 @@ class _Connection(http.client.HTTPConnection):
             selector.register(self.sock, selectors.EVENT_READ)
             return not selector.select(0)
 
-
-class _TLSConnection(_Connection, http.client.HTTPSConnection):
-    pass
+    def close(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
 
 
 class _Transport(urllib.request.AbstractHTTPHandler):
     """POST through urllib.request, on the connections that earlier requests left, where it can."""
 
-    def __init__(self) -> None:
+    def __init__(self, proxies: dict[str, str]) -> None:
         super().__init__()
+        self.proxies = proxies
         self._opener = urllib.request.OpenerDirector()  # no redirects, no cookies, no passwords
-        self._opener.addheaders = [("User-Agent", f"rollouts/{__version__}"), ("Accept-Encoding", "identity")]
-        self._opener.add_handler(urllib.request.ProxyHandler())
+        self._opener.addheaders = [
+            ("User-Agent", f"rollouts/{__version__}"), ("Accept-Encoding", "identity")]
+        self._opener.add_handler(urllib.request.ProxyHandler(proxies))
         self._opener.add_handler(self)
-        self._lock = threading.Lock()  # protects _idle and _context
-        self._idle: dict[tuple[Optional[str], ...], list[_Connection]] = {}
+        self._lock = threading.Lock()  # protects _idle, _context and _is_closed
+        self._idle: dict[tuple[str, str, str], list[_Connection]] = {}
         self._context: Optional[ssl.SSLContext] = None
-        self._closed = False
+        self._is_closed = False
 
+    @contextlib.contextmanager
     def post(
-        self, url: str, headers: dict[str, str], body: bytes, timeout: float,
-        read: Callable[[int, Mapping[str, str], Iterator[bytes]], Response],
-    ) -> Response:
-        """What *read* makes of the reply's status, headers and pieces, within *timeout* seconds in all."""
-        reply = self._opener.open(urllib.request.Request(url, body, headers), timeout=timeout)
+        self, url: str, headers: dict[str, str], body: bytes, timeout: float, keep: bool,
+        is_cancelled: Callable[[], bool],
+    ) -> Iterator[_Reply]:
+        """The reply, within *timeout* seconds in all. *keep*: the connection may be used again."""
+        self._refuse_socks(url)
+        request = _Post(url, body, headers)
+        request.deadline, request.is_cancelled = time.monotonic() + timeout, is_cancelled
+        reply = self._opener.open(request, timeout=timeout)
         assert isinstance(reply, _Reply)
-        connection, pieces = reply.connection, reply.pieces()
+        connection = reply.connection
         try:
-            result = read(reply.status, reply.headers, pieces)  # type: ignore[arg-type]
-            # A stream is read up to its [DONE]: what ends the body has mostly come along with it.
-            connection.deadline = min(connection.deadline, time.monotonic() + 0.5)
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                deque(pieces, maxlen=0)
-            return result
+            yield reply
         finally:
             connection.idle_since = time.monotonic()
             with self._lock:
-                keep = reply.isclosed() and not reply.will_close and not self._closed
+                keep = keep and reply.may_be_kept and not self._is_closed
                 if keep:
                     self._idle.setdefault(connection.key, []).append(connection)
             if not keep:
                 reply.close()
                 connection.close()
 
-    def close(self) -> None:
-        """Close the connections that are idle."""
+    def _refuse_socks(self, url: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        proxy = self.proxies.get(parts.scheme, "")
+        if proxy.lower().startswith("socks") and not urllib.request.proxy_bypass(parts.netloc):
+            name = f"{parts.scheme.upper()}_PROXY"
+            raise _SocksProxy(f"{name} names a SOCKS proxy, which Python's urllib does not speak to")
+
+    def close_idle(self, for_good: bool = False) -> None:
+        """Close the connections that are idle; *for_good*: and keep none from now on."""
         with self._lock:
-            self._closed = True
+            self._is_closed = self._is_closed or for_good
             idle, self._idle = self._idle, {}
         for connection in itertools.chain.from_iterable(idle.values()):
             connection.close()
@@ -1553,60 +2153,49 @@ class _Transport(urllib.request.AbstractHTTPHandler):
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        deadline = time.monotonic() + (request.timeout or 0)
+        assert isinstance(request, _Post) and isinstance(request.data, bytes)
         headers = {name.title(): value for name, value in request.header_items()}
-        tunnel = getattr(request, "_tunnel_host", None)  # how ProxyHandler says that the host is a proxy
-        for_proxy = {}
+        target = urllib.parse.urlsplit(request.full_url).netloc
+        # ProxyHandler makes the proxy the host; to an https address a tunnel leads through it.
+        tunnel = target if request.type == "https" and request.host != target else ""
+        proxy_headers = {}
         if tunnel and "Proxy-Authorization" in headers:
-            for_proxy["Proxy-Authorization"] = headers.pop("Proxy-Authorization")
+            proxy_headers["Proxy-Authorization"] = headers.pop("Proxy-Authorization")
+        context = self._tls_context() if request.type == "https" else None
         while True:
-            connection = self._connection(request, tunnel, for_proxy)
-            kept = connection.sock is not None
-            connection.deadline, connection.received = deadline, 0
-            begun = time.monotonic()
+            key = (request.type, request.host, tunnel)
+            kept = self._kept(key)
+            connection = kept or _Connection(key)
+            connection.begin(request)
             try:
-                return connection.post(request.selector, request.data, headers)
+                if kept is None:
+                    connection.connect(request.host, tunnel, proxy_headers, context)
+                return connection.post(request.selector, headers, request.data)
             except BaseException as error:
                 connection.close()
-                closed = isinstance(error, (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError))
-                # Only a kept connection may have been closed before it saw the request, and that shows
-                # within a round trip. All else is a failed attempt: the retry policy has the say.
-                late = time.monotonic() - begun > _STALE
-                if late or not (kept and closed and connection.received == 0):
+                # Only a kept connection may have been closed before it saw the request. All else is a
+                # failed attempt: the retry policy has the say.
+                if kept is None or connection.received or not isinstance(error, _CLOSED):
                     raise
 
     https_open = http_open
 
-    def _connection(
-        self, request: urllib.request.Request, tunnel: Optional[str], for_proxy: dict[str, str]
-    ) -> _Connection:
-        """A connection for *request*: a kept one, or one that is still to be made."""
-        key = (request.type, request.host, tunnel)
+    def _tls_context(self) -> ssl.SSLContext:
+        with self._lock:
+            if self._context is None:  # costs 20 ms, so one for all
+                self._context = ssl.create_default_context()
+                self._context.set_alpn_protocols(["http/1.1"])
+            return self._context
+
+    def _kept(self, key: tuple[str, str, str]) -> Optional[_Connection]:
+        """A kept connection that still works, or None."""
         while True:
             with self._lock:
                 idle = self._idle.get(key)
                 connection = idle.pop() if idle else None
-                stale = idle and time.monotonic() - idle[0].idle_since > _IDLE_CONNECTION
-                oldest = idle.pop(0) if idle and stale else None  # what a burst left over goes one by one
-            if oldest is not None:
-                oldest.close()
-            if connection is None:
-                break
-            if connection.is_alive():
+            if connection is None or connection.is_alive():
                 return connection
             connection.close()
-        if request.type == "https":
-            with self._lock:
-                if self._context is None:  # costs 20 ms, so one for all
-                    self._context = ssl.create_default_context()
-                    self._context.set_alpn_protocols(["http/1.1"])
-            connection = _TLSConnection(request.host, context=self._context)
-        else:
-            connection = _Connection(request.host)
-        if tunnel:
-            connection.set_tunnel(tunnel, headers=for_proxy)
-        connection.key = key
-        return connection
 
 
 # == Pacing ========================================================================================
@@ -1615,14 +2204,19 @@ class _Transport(urllib.request.AbstractHTTPHandler):
 
 
 class _Clock:
-    """Where the waits of this module read the time, spend it, and draw their random numbers."""
+    """Where the waits of this module read the time, spend it, and draw their jitter.
+
+    The random numbers are our own, so that a hiccup of the API does not change a seeded experiment.
+    """
 
     now = staticmethod(time.monotonic)
-    chance = staticmethod(random.random)
+    random = staticmethod(random.SystemRandom().random)
 
     @staticmethod
-    def sleep(seconds: float, stop: threading.Event) -> None:
-        stop.wait(seconds)
+    def sleep(seconds: float, is_cancelled: Callable[[], bool]) -> None:
+        end = time.monotonic() + seconds
+        while (remaining := end - time.monotonic()) > 0 and not is_cancelled():
+            time.sleep(min(remaining, _SLICE))
 
 
 _clock = _Clock()
@@ -1640,34 +2234,50 @@ class _Bucket:
         self.burst = max(1, int(whole / 60))
         self.gap = 60.6 / (whole - self.burst + 1)  # seconds for one token
         self.next = -math.inf  # when a bucket of one token would have it
-        self.turn = threading.Lock()  # held by the one thread that waits for the next token; the others queue
+        self.turn = threading.Lock()  # held by the thread that waits for the next token; others queue
+
+    def start(self) -> float:
+        """The earliest time at which a request may start."""
+        return self.next - (self.burst - 1) * self.gap
+
+    def take(self, now: float) -> None:
+        self.next = max(self.next, now) + self.gap
 
 
 class _Pacer:
     """When a request to one API may start: not within a hold, and as the bucket of its limit says."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # protects _hold
+        self._lock = threading.Lock()  # protects _hold and reason
         self._hold = -math.inf
+        self.reason = ""  # why there is a hold
         self._buckets: dict[float, _Bucket] = {}
 
-    def wait(self, per_minute: Optional[float], stop: threading.Event) -> None:
-        """Wait until a request may start, or until *stop* is set."""
-        limit = per_minute or 1e12  # as good as none
-        bucket = self._buckets.get(limit) or self._buckets.setdefault(limit, _Bucket(limit))
-        with bucket.turn if per_minute else contextlib.nullcontext():
-            while not stop.is_set():
-                now = _clock.now()
-                start = max(self._hold, bucket.next - (bucket.burst - 1) * bucket.gap)
-                if start <= now:
-                    bucket.next = max(bucket.next, now) + bucket.gap
-                    return
-                _clock.sleep(start - now, stop)
+    @property
+    def is_held(self) -> bool:
+        return self._hold > _clock.now()
 
-    def hold(self, seconds: float) -> None:
+    def wait(self, per_minute: Optional[float], is_cancelled: Callable[[], bool]) -> None:
+        """Wait until a request may start. _GivenUp where nobody wants it any more."""
+        bucket = None
+        if per_minute is not None:
+            bucket = self._buckets.get(per_minute)
+            bucket = bucket or self._buckets.setdefault(per_minute, _Bucket(per_minute))
+        with bucket.turn if bucket else contextlib.nullcontext():
+            while not is_cancelled():
+                now = _clock.now()
+                start = max(self._hold, bucket.start()) if bucket else self._hold
+                if start <= now:
+                    if bucket:
+                        bucket.take(now)
+                    return
+                _clock.sleep(start - now, is_cancelled)
+        raise _GivenUp
+
+    def hold(self, seconds: float, reason: str) -> None:
         """Let nothing start for *seconds*."""
         with self._lock:
-            self._hold = max(self._hold, _clock.now() + seconds)
+            self._hold, self.reason = max(self._hold, _clock.now() + seconds), reason
 
 
 # == Progress ======================================================================================
@@ -1675,79 +2285,157 @@ class _Pacer:
 # One line for all that a process generates at once. Workers only count; a thread of its own draws,
 # for as long as there is something to show.
 
-_REDRAW = 0.2  # seconds, on a terminal or in a notebook
+_REDRAW = 0.2  # seconds, on a terminal
+_REDRAW_NOTEBOOK = 1.0  # seconds; each is a message to the browser
 _LOG_LINE = 30.0  # seconds, into anything else
+_BAR = 30  # columns of the bar, at most
 
-_Tally = Counter[str]  # total, done, cached, retrying, failed; and cost, in US dollars
+_Tally = Counter[str]  # total, done, cached, retrying, waiting, failed; and cost, in US dollars
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+    if minutes < 60:
+        return f"{minutes}:{seconds:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def _format_progress(tally: _Tally, elapsed: float, width: int, reason: str = "") -> str:
-    """The line for *tally* after *elapsed* seconds, in less than *width* columns: what matters most first.
+    """The line for *tally* after *elapsed* seconds, in less than *width* columns.
 
-    *reason* is why something is retried, and is said where nothing has been drawn yet.
+    What matters most comes first. *reason*, why something is retried or waits, is said where nothing
+    has been drawn yet, or all that is under way waits.
     """
     done, total, cost = tally["done"], tally["total"], tally["cost"]
     rate = (done - tally["cached"]) / elapsed if elapsed > 0 else 0.0
     counts = [f"{done}/{total}"]
     if rate:
-        counts += [f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min", f"{_duration((total - done) / rate)} left"]
-    counts += [f"{tally[name]} {name}" for name in ("failed", "retrying", "cached") if tally[name]]
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
+        counts += [speed, f"{_duration((total - done) / rate)} left"]
+    states = ("failed", "retrying", "waiting", "cached")
+    counts += [f"{tally[state]} {state}" for state in states if tally[state]]
     if cost:
         counts.append(f"${cost:.4f}" if cost < 1 else f"${cost:.2f}")
     line = counts[0]
     for count in counts[1:]:
         if len(line) + len(count) + 2 < width:
             line += ", " + count
-    if reason and tally["retrying"] and done == tally["cached"]:
-        line += ": " + re.sub("[^ -~]", "?", reason)  # a column for each character, and none that moves the cursor
-    room = min(width - len(line) - 4, 30)
+    if reason and (tally["waiting"] or (tally["retrying"] and done == tally["cached"])):
+        line += ": " + re.sub("[^ -~]", "?", reason)  # a column each, and none that moves the cursor
+    room = min(width - len(line) - 4, _BAR)
     if room >= 5 and total:
         filled = room * done // total
         line = f"[{'#' * filled}{'.' * (room - filled)}] {line}"
     return line[: width - 1]
 
 
-def _redraws(stream: Any) -> bool:
-    """Whether *stream* shows a line that is written over: a terminal, or a notebook's cell."""
-    try:
-        return stream is not None and (stream.isatty() or type(stream).__module__.startswith("ipykernel"))
-    except (AttributeError, ValueError):
-        return False
-
-
 def _columns(stream: Any) -> int:
     """The width of *stream*, and not of stdout, which may be elsewhere."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError, AttributeError):  # a notebook
+    except (OSError, ValueError, AttributeError):
         return 80
+
+
+class _Log:
+    """The progress in a file, or on anything else that is only read later: a line now and then."""
+
+    interval = _LOG_LINE
+    _is_begun = False
+
+    def draw(self, tally: _Tally, elapsed: float, reason: str) -> None:
+        self._is_begun = True
+        self._write(_format_progress(tally, elapsed, 200, reason) + "\n")
+
+    def erase(self) -> None:
+        """Make room for a line of another kind."""
+
+    def end(self, tally: _Tally, elapsed: float) -> None:
+        if self._is_begun:
+            self.draw(tally, elapsed, "")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None under pythonw
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+class _Terminal(_Log):
+    """A line that is written over."""
+
+    interval = _REDRAW
+    _shown = ""
+
+    def draw(self, tally: _Tally, elapsed: float, reason: str) -> None:
+        width = _columns(sys.stderr) - 2  # room for the ^C that a terminal echoes
+        line = _format_progress(tally, elapsed, width, reason)
+        self._write("\r" + line + " " * (len(self._shown) - len(line)))
+        self._shown = line
+
+    def erase(self) -> None:
+        if self._shown:
+            self._write("\r" + " " * (len(self._shown) + 2) + "\r")  # with a ^C behind it
+            self._shown = ""
+
+    def end(self, tally: _Tally, elapsed: float) -> None:
+        self.erase()
+
+
+class _Notebook(_Log):
+    """One output of a cell, changed in place: a saved notebook holds it once."""
+
+    interval = _REDRAW_NOTEBOOK
+    _handle: Any = None
+
+    def draw(self, tally: _Tally, elapsed: float, reason: str) -> None:
+        self._show(_format_progress(tally, elapsed, 80, reason))
+
+    def end(self, tally: _Tally, elapsed: float) -> None:
+        if self._handle is not None:
+            self._show("")
+
+    def _show(self, line: str) -> None:
+        data = {"text/plain": line}
+        with contextlib.suppress(Exception):  # IPython's own business
+            if self._handle is None:
+                display = sys.modules["IPython.display"].display
+                self._handle = display(data, raw=True, display_id=True)
+            else:
+                self._handle.update(data, raw=True)
+
+
+def _view_of(stream: Any) -> _Log:
+    """How progress is shown on *stream*."""
+    if type(stream).__module__.startswith("ipykernel") and "IPython.display" in sys.modules:
+        return _Notebook()
+    with contextlib.suppress(AttributeError, ValueError):
+        if stream.isatty():
+            return _Terminal()
+    return _Log()
 
 
 class _Progress:
     """The line on stderr, and the lines of `verbose` above it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # protects all the rest but the counts, and the order of what is written
-        self._counting = threading.Lock()  # protects the counts: a terminal that is stopped must not stop workers
+        self._lock = threading.Lock()  # protects all but the counts, and the order of what is written
+        self._counting = threading.Lock()  # protects the counts: a stopped terminal must not stop workers
+        self._pid = os.getpid()
         self._tally = _Tally()
         self._active = 0
         self._since = 0.0
-        self._shown = ""
-        self._logged = False
+        self._view: Optional[_Log] = None
         self._ended = threading.Event()
-        self._ended.set()
-        self.reason = ""  # why the latest attempt failed
+        self.reason = ""  # why the latest attempt failed, or why there is a hold
 
     def begin(self, total: int, cached: int) -> _Tally:
         """Count *total* samples as under way, *cached* of them as done; the tally takes what follows."""
+        if self._pid != os.getpid():
+            self.__init__()  # type: ignore[misc]  # forked: the locks may be the parent's threads'
         with self._lock:
             if not self._active:
-                self._tally, self._since, self._logged = _Tally(), time.monotonic(), False
+                self._tally, self._since = _Tally(), time.monotonic()
             self._active += 1
             self.count(self._tally, total=total, done=cached, cached=cached)
             self._show()
@@ -1759,12 +2447,15 @@ class _Progress:
             self._show()
 
     def _show(self) -> None:
-        # A single sample gets no line, unless it is retried; a second one, of this call or another, brings it up.
-        if self._active and self._ended.is_set() and (self._tally["total"] > 1 or self._tally["retrying"]):
-            ended = threading.Event()
+        # A single sample gets no line, unless it waits; a second one, of any call, brings it up.
+        tally = self._tally
+        is_worth_it = tally["total"] > 1 or tally["retrying"] or tally["waiting"]
+        if self._active and self._view is None and is_worth_it:
+            self._view, self._ended = _view_of(sys.stderr), threading.Event()
+            drawing = threading.Thread(target=self._draw, args=(self._view, self._ended), daemon=True)
+            drawing.name = "rollouts-progress"
             with contextlib.suppress(RuntimeError):  # no thread is to be had: no line
-                threading.Thread(target=self._draw, args=(ended,), name="rollouts-progress", daemon=True).start()
-                self._ended = ended
+                drawing.start()
 
     def count(self, tally: _Tally, **more: Any) -> None:
         """Add to the counts of *tally*."""
@@ -1776,45 +2467,23 @@ class _Progress:
         with self._lock:
             self._active -= 1
             self.count(self._tally, total=-unfinished)
-            if not self._active:
+            if not self._active and self._view is not None:
                 self._ended.set()
-                if self._logged:
-                    self._write(self._line(200) + "\n")
-                self._erase()
+                self._view.end(self._tally, time.monotonic() - self._since)
+                self._view = None
 
     def say(self, text: str) -> None:
         """Write a line of its own."""
         with self._lock:
-            self._erase()
-            self._write(text + "\n")
+            view = self._view or _Log()
+            view.erase()
+            view._write(text + "\n")
 
-    def _draw(self, ended: threading.Event) -> None:
-        redraws = _redraws(sys.stderr)
-        while not ended.wait(_REDRAW if redraws else _LOG_LINE):
+    def _draw(self, view: _Log, ended: threading.Event) -> None:
+        while not ended.wait(view.interval):
             with self._lock:
-                if ended.is_set():
-                    return
-                if redraws:
-                    line = self._line(_columns(sys.stderr) - 2)  # room for the ^C that a terminal echoes
-                    self._write("\r" + line + " " * (len(self._shown) - len(line)))
-                    self._shown = line
-                else:
-                    self._write(self._line(200) + "\n")
-                    self._logged = True
-
-    def _line(self, width: int) -> str:
-        return _format_progress(self._tally, time.monotonic() - self._since, width, self.reason)
-
-    def _erase(self) -> None:
-        if self._shown:
-            self._write("\r" + " " * (len(self._shown) + 2) + "\r")  # with a ^C behind it
-            self._shown = ""
-
-    @staticmethod
-    def _write(text: str) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None under pythonw
-            sys.stderr.write(text)
-            sys.stderr.flush()
+                if not ended.is_set():
+                    view.draw(self._tally, time.monotonic() - self._since, self.reason)
 
 
 _progress = _Progress()
@@ -1823,13 +2492,14 @@ _progress = _Progress()
 # == Caches ========================================================================================
 #
 # Two stores, the same three methods: get, which adds a line to a list of the caller's for each entry
-# that it cannot use; put, which raises OSError; and close. A store knows nothing of what is under way.
+# that it cannot use; put, which raises OSError; and close. A lack of file descriptors is an OSError of
+# both. A store knows nothing of what is under way.
 
 
 def _dumped(response: Response) -> str:
     """*response* as a cache holds it."""
     data = response.to_dict()
-    del data["cached"]
+    del data["cached"], data["full"]
     text = json.dumps(data, ensure_ascii=False)
     try:
         text.encode()
@@ -1841,9 +2511,13 @@ def _dumped(response: Response) -> str:
 def _loaded(text: bytes, seed: int) -> Response:
     """The response that a cache holds for *seed*. ValueError for anything else."""
     data = _dict(json.loads(text))
-    if data.get("seed") != seed or data.get("finish_reason") == "error":
+    if data.get("seed") != seed:
         raise ValueError(f"no response of seed {seed}")
-    return Response.from_dict({**data, "cached": True})
+    response = Response.from_dict({**data, "cached": True})
+    problem = _why_not_whole(response)
+    if problem:
+        raise ValueError(problem)
+    return response
 
 
 class _JsonCache:
@@ -1853,10 +2527,12 @@ class _JsonCache:
         self._directory = cache_dir
 
     def _place(self, key: tuple[str, str, str]) -> str:
-        model, parameters, messages = key
-        return f"{self._directory}/{model}/{parameters}/{messages[:3]}/{messages}"
+        model, parameters, prompt = key
+        return f"{self._directory}/{model}/{parameters}/{prompt[:3]}/{prompt}"
 
-    def get(self, request: _Request, seeds: Sequence[int], unusable: list[str]) -> dict[int, Response]:
+    def get(
+        self, request: _Request, seeds: Sequence[int], unusable: list[str]
+    ) -> dict[int, Response]:
         """The stored responses of *seeds*."""
         found: dict[int, Response] = {}
         place = self._place(request.key)
@@ -1870,24 +2546,19 @@ class _JsonCache:
             except (FileNotFoundError, NotADirectoryError):
                 pass
             except (OSError, ValueError, RecursionError) as error:
+                if _is_scarcity(error):
+                    raise
                 unusable.append(f"{path}: {error}")
         return found
 
     def put(self, request: _Request, response: Response) -> None:
         """Store *response* so that it is there whole, or not at all."""
-        place, name, text = self._place(request.key), f"seed_{response.seed:05d}.json", _dumped(response)
-        try:
-            self._write(place, name, text)
-        except FileNotFoundError:  # the prompt's first: its directory comes to be with its request in it
-            draft = f"{os.path.dirname(place)}/.{os.urandom(8).hex()}.tmp"
-            os.makedirs(draft)
-            self._write(draft, "request.json", json.dumps(json.loads(request.stored), indent=1, sort_keys=True))
-            try:
-                os.rename(draft, place)
-            except OSError:  # another thread or process was first
-                os.remove(f"{draft}/request.json")
-                os.rmdir(draft)
-            self._write(place, name, text)
+        place = self._place(request.key)
+        if not os.path.exists(f"{place}/request.json"):
+            os.makedirs(place, exist_ok=True)
+            text = json.dumps(request.stored, indent=1, sort_keys=True)
+            self._write(place, "request.json", text)
+        self._write(place, f"seed_{response.seed:05d}.json", _dumped(response))
 
     @staticmethod
     def _write(place: str, name: str, text: str) -> None:
@@ -1915,21 +2586,23 @@ class _SqlCache:
     _TABLES = """
         CREATE TABLE IF NOT EXISTS requests (id TEXT PRIMARY KEY, request TEXT NOT NULL) WITHOUT ROWID;
         CREATE TABLE IF NOT EXISTS responses (
-            request TEXT NOT NULL, seed INTEGER NOT NULL, response TEXT NOT NULL, PRIMARY KEY (request, seed)
+            request TEXT NOT NULL, seed INTEGER NOT NULL, response TEXT NOT NULL,
+            PRIMARY KEY (request, seed)
         ) WITHOUT ROWID;"""
 
     def __init__(self, cache_dir: str) -> None:
+        import sqlite3  # which few scripts need
+
+        self._sqlite3 = sqlite3
         self._path = os.path.join(cache_dir, "rollouts.sqlite3")
-        self._lock = threading.Lock()  # protects all the rest: the connection serves one thread at a time
+        self._lock = threading.Lock()  # protects all the rest: a connection serves one thread at a time
         self._connection: Optional[sqlite3.Connection] = None
         self._file: Optional[tuple[int, int]] = None
-        self._closed = False
+        self._is_closed = False
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        """The connection to the file that is there now: whoever clears the cache deletes it. OSError."""
-        import sqlite3
-
+        """The kept connection, to the file that is there now. OSError where there can be none."""
         with self._lock:
             try:
                 if self._connection is None or self._file != self._identity():
@@ -1937,13 +2610,19 @@ class _SqlCache:
                     self._connection = self._connect()
                     self._file = self._identity()
                 yield self._connection
-            except sqlite3.Error as error:
-                raise OSError(f"{self._path}: {error}") from error
+            except self._sqlite3.Error as error:
+                os.close(os.open(os.devnull, os.O_RDONLY))  # says so where descriptors have run out
+                code = errno.EBUSY if "locked" in str(error) else errno.EIO
+                raise OSError(code, str(error), self._path) from error
             finally:
-                if self._closed:  # a response that was in flight then
+                if self._is_closed:  # a response that was in flight then
                     self._disconnect()
 
     def _identity(self) -> Optional[tuple[int, int]]:
+        """What tells the file from one that took its place: whoever clears the cache deletes it.
+
+        Without it another process that makes the file anew would leave this one writing into the old.
+        """
         try:
             status = os.stat(self._path)
         except FileNotFoundError:
@@ -1951,25 +2630,13 @@ class _SqlCache:
         return status.st_dev, status.st_ino
 
     def _connect(self) -> sqlite3.Connection:
-        import sqlite3
-
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
-        name, tables = self._path, self._TABLES
-        if os.path.exists(name) and not os.access(os.path.dirname(name), os.W_OK):  # WAL would need a file beside it
-            name, tables = f"file:{urllib.parse.quote(name)}?immutable=1", ""
-        connection = sqlite3.connect(
-            name, timeout=60, isolation_level=None, check_same_thread=False, uri=not tables)
+        connection = self._sqlite3.connect(
+            self._path, timeout=60, isolation_level=None, check_same_thread=False)
         try:
-            for patience in range(100, -1, -1):
-                try:
-                    connection.execute("PRAGMA journal_mode=WAL")
-                    break
-                except sqlite3.OperationalError as error:  # the switch does not wait for another process that is at it
-                    if not patience or "locked" not in str(error):
-                        raise
-                    time.sleep(0.05)
+            connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
-            connection.executescript(tables)
+            connection.executescript(self._TABLES)
             connection.text_factory = bytes  # so that one damaged text does not fail a whole query
         except BaseException:
             connection.close()
@@ -1981,7 +2648,9 @@ class _SqlCache:
             self._connection.close()
             self._connection = None
 
-    def get(self, request: _Request, seeds: Sequence[int], unusable: list[str]) -> dict[int, Response]:
+    def get(
+        self, request: _Request, seeds: Sequence[int], unusable: list[str]
+    ) -> dict[int, Response]:
         """The stored responses of *seeds*, which follow each other."""
         found: dict[int, Response] = {}
         if not os.path.exists(self._path):
@@ -1992,6 +2661,8 @@ class _SqlCache:
                     "SELECT seed, response FROM responses WHERE request = ? AND seed BETWEEN ? AND ?",
                     ("/".join(request.key), seeds[0], seeds[-1])).fetchall()
         except OSError as error:
+            if _is_scarcity(error):
+                raise
             unusable.append(str(error))
             return found
         for seed, text in rows:
@@ -2003,232 +2674,325 @@ class _SqlCache:
 
     def put(self, request: _Request, response: Response) -> None:
         """Store *response* in one transaction."""
-        key, text = "/".join(request.key), _dumped(response)
+        key, stored = "/".join(request.key), json.dumps(request.stored, sort_keys=True)
         with self._connected() as connection, connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute("INSERT OR IGNORE INTO requests VALUES (?, ?)", (key, request.stored))
-            connection.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", (key, response.seed, text))
+            connection.execute("INSERT OR IGNORE INTO requests VALUES (?, ?)", (key, stored))
+            connection.execute(
+                "INSERT OR REPLACE INTO responses VALUES (?, ?, ?)",
+                (key, response.seed, _dumped(response)))
 
     def close(self) -> None:
         """Close the connection. What still comes is stored over one of its own."""
         with self._lock:
-            self._closed = True
+            self._is_closed = True
             self._disconnect()
 
 
-# == Pool ==========================================================================================
+# == Calls =========================================================================================
 #
-# The threads that wait for replies. Not concurrent.futures' executor: its threads cannot be daemons,
-# so that a reply that is ten minutes away would hold an interrupted interpreter for as long, and it
-# cannot widen for one call.
+# A call is owned by whoever made it: its thread, or its event loop, submits samples, takes what is
+# done from a queue, records it, and submits the next. So its state needs no lock. What the threads
+# that draw share with it is a _Sample.
 
-_IDLE_THREAD = 10.0  # seconds a thread without work stays
-
-
-class _Pool:
-    """Daemon threads for tasks: functions that do one unit of work, and return whether there is more."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width  # most threads, all tasks together
-        self.is_awaited = True  # at exit
-        self._ready = threading.Condition()  # protects all the rest
-        self._tasks: deque[Callable[[], bool]] = deque()
-        self._threads = 0
-        self._waiting = 0
-
-    def submit(self, task: Callable[[], bool]) -> None:
-        """Run *task* until it has nothing more to do."""
-        with self._ready:
-            self._tasks.append(task)
-            if len(self._tasks) <= self._waiting:
-                self._ready.notify()
-            elif self._threads < self.width:
-                try:
-                    threading.Thread(target=self._work, name="rollouts", daemon=True).start()
-                    self._threads += 1
-                except RuntimeError:  # the system has no more: those that there are will do
-                    if not self._threads:
-                        self._tasks.pop()
-                        raise
-
-    def _work(self) -> None:
-        task: Optional[Callable[[], bool]] = None
-        while True:
-            with self._ready:
-                if task is not None:
-                    self._tasks.append(task)  # behind the others: each call gets its turn
-                self._waiting += 1
-                while not self._tasks and self._threads <= self.width and self._ready.wait(_IDLE_THREAD):
-                    pass
-                self._waiting -= 1
-                if not self._tasks or self._threads > self.width:
-                    self._threads -= 1
-                    self._ready.notify()  # what woke this one may be for another
-                    return
-                task = self._tasks.popleft()
-            if not task():
-                task = None
-
-    @property
-    def is_busy(self) -> bool:
-        with self._ready:
-            return bool(self._tasks) or self._threads > self._waiting
-
-
-# == Client ========================================================================================
-#
-# The only room that knows all the others. A call is prepared (pure), looked up in the cache, and
-# launched: its turns go to the pool, and each turn makes one sample, in _sample and nowhere else.
-
-# What is wrong with one prompt may be right with the next: too long, or refused for what it says.
-_OF_THE_PROMPT = (400, 403, 413, 422)
-_ENOUGH_REFUSED = 20  # prompts, with not one sample drawn: so it is not the prompts
-_PROBE: Prompt = (
-    {"role": "user", "content": "What is the capital of France?"},
-    {"role": "assistant", "content": "<think>\nBefore I come to that, a quick sum to warm up: 2 x 4 ="},
-)
+_PATIENCE = 20  # refusals in a row; with this many more samples lost, it is not bad luck any more
+_PROMPT_STATUSES = (400, 403, 413, 422)  # too long, or refused for what it says: so are not all prompts
+_SAME_TEXTS = 5  # samples; as many that are one text are no independent draws,
+_SAME_TOKENS = 50  # tokens; if it is longer than that
+_LONG_PROMPT = 4000  # characters; below it servers' counts say little
+_SPARSE = 8  # characters a token; no tokenizer packs more of a text into one
 
 _Outcome = Union[Response, APIError]
 _Cache = Union[_JsonCache, _SqlCache]
 
 
+class _Verdicts:
+    """What has succeeded and what was refused, and so what may still be sent.
+
+    A refusal (an error that no retry mends) has a scope: of the statuses 400, 403, 413 and 422 the
+    prompt, else the call. It stops its scope while nothing there has succeeded; after that it is one
+    sample's bad luck, and only more than 20 in a row stop the scope. For a prompt a cached sample is a
+    success, for the call only one that was drawn.
+    """
+
+    def __init__(self) -> None:
+        self._succeeded: set[Optional[int]] = set()  # prompts by number, None for the call
+        self._in_a_row: Counter[Optional[int]] = Counter()  # refusals since the last success
+        self._latest: dict[Optional[int], APIError] = {}
+
+    def record(self, prompt: int, outcome: _Outcome) -> None:
+        """Note what came of a sample of *prompt*."""
+        if isinstance(outcome, Response):
+            for scope in (prompt,) if outcome.cached else (prompt, None):
+                self._succeeded.add(scope)
+                self._in_a_row[scope] = 0
+        elif not outcome.retryable:
+            scope = prompt if outcome.status in _PROMPT_STATUSES else None
+            self._in_a_row[scope] += 1
+            self._latest[scope] = outcome
+
+    def why_stopped(self, prompt: Optional[int] = None) -> Optional[APIError]:
+        """The refusal that stops *prompt*, or the whole call; None where samples may be sent."""
+        for scope in {prompt, None}:
+            if self._in_a_row[scope] > (_PATIENCE if scope in self._succeeded else 0):
+                return self._latest[scope]
+        return None
+
+
+class _Sample:
+    """A sample under way, shared by every call that asks for the very same."""
+
+    def __init__(self, key: Hashable, call: _Call, index: int, seed: int) -> None:
+        self.key = key
+        self.call, self.index, self.seed = call, index, seed  # for which it is drawn
+        self.calls = [call]  # all that wait for it
+        self.future: Future[Optional[_Outcome]] = Future()  # None: nobody wanted it any more
+        self.notes: list[tuple[str, str]] = []  # (kind, text) of what the call is to warn
+
+    def is_unwanted(self) -> bool:
+        """Whether no call waits for it: it is not sent, nor again."""
+        return _exits_by_interrupt() or all(call.is_over for call in self.calls)
+
+    def is_given_up(self) -> bool:
+        """Whether its reply, if on its way, is not even wanted for the cache."""
+        return _exits_by_interrupt() or all(call.is_given_up() for call in self.calls)
+
+
+def _is_interactive() -> bool:
+    return hasattr(sys, "ps1")
+
+
+def _exits_by_interrupt() -> bool:
+    """Whether an uncaught KeyboardInterrupt ends the process."""
+    return getattr(sys, "last_type", None) is KeyboardInterrupt and not _is_interactive()
+
+
 class _Call:
-    """One call: the samples that are still to be sent, and what came of the others."""
+    """One call: what it asked for, what came of it, and what may still be sent."""
 
-    def __init__(self, config: Config, api: _Api, cache: Optional[_Cache], requests: list[_Request], n: int) -> None:
+    def __init__(
+        self, config: Config, api: _Api, cache: Optional[_Cache], requests: list[_Request], n: int
+    ) -> None:
         self.config, self.api, self.cache, self.requests = config, api, cache, requests
-        self.seeds = range(config.seed, config.seed + n)
-        self.over = threading.Event()  # nothing more is sent, and the results stand
-        self.when_over: list[Callable[[], Any]] = []
-        self.failure: Optional[BaseException] = None
-        self.unusable: list[str] = []
-        self.unwritten: list[str] = []
+        first = config.seed or 0
+        self.seeds = range(first, first + n)
         self.outcomes: list[dict[int, _Outcome]] = [{} for _ in requests]
-        self._lock = threading.Lock()  # protects all the rest, and outcomes
-        self._left = len(requests) * n
-        self._jobs = ((index, seed) for index in range(len(requests)) for seed in self.seeds)
-        self._again: list[tuple[int, int]] = []
-        self._refused: dict[int, APIError] = {}
-        self._succeeded = False
-        self._tally: Optional[_Tally] = None
+        self.verdicts = _Verdicts()
+        self.in_flight = 0
+        self.is_over = self.was_interrupted = False
+        self.loop: Optional[asyncio.AbstractEventLoop] = None  # of agenerate()
+        self.wakeup: Callable[[], Any] = bool  # called in that loop when a sample is done
+        self.notes: dict[str, list[str]] = {"unusable": [], "unwritten": [], "server": []}
+        self.tally: Optional[_Tally] = None
+        self._done: queue.SimpleQueue[tuple[int, int, _Sample]] = queue.SimpleQueue()
+        self._waiting = deque((index, iter(self.seeds)) for index in range(len(requests)))
+        self._stopped: dict[int, Iterator[int]] = {}  # prompts that are refused, and their seeds
 
-    def begin(self) -> int:
-        """Show what is under way, and return how many samples are still to be drawn."""
-        cached = sum(map(len, self.outcomes))
-        total, self._left = self._left, self._left - cached
-        if self._left and self.config.progress_bar:
-            self._tally = _progress.begin(total, cached)
-        return self._left
+    @property
+    def total(self) -> int:
+        return len(self.requests) * len(self.seeds)
+
+    def is_given_up(self) -> bool:
+        """Whether replies that are still on their way serve nobody: see _Sample."""
+        is_loop_closed = self.loop is not None and self.loop.is_closed()
+        return self.is_over and (self.cache is None or self.was_interrupted or is_loop_closed)
+
+    def store_found(self, index: int, found: Mapping[int, Response]) -> None:
+        """Take what the cache holds of a prompt."""
+        self.outcomes[index].update(found)
+        for response in found.values():
+            self.verdicts.record(index, response)
 
     def next(self) -> Optional[tuple[int, int]]:
-        """The next sample to draw: the index of its request and its seed."""
-        while True:
-            with self._lock:
-                job = self._again.pop() if self._again else next(self._jobs, None)
-                if job is None or self.over.is_set():
-                    return None
-                index, seed = job
-                if seed in self.outcomes[index]:
-                    continue
-                refused = self._refused.get(index)
-            if refused is None:
-                return job
-            self.record(index, seed, refused._of(seed))
-
-    def put_back(self, index: int, seed: int) -> None:
-        """Draw this sample after all."""
-        with self._lock:
-            self._again.append((index, seed))
-
-    def record(self, index: int, seed: int, outcome: _Outcome) -> None:
-        """Note what came of a sample, and whether the call is over with it."""
-        with self._lock:
-            if self.over.is_set():
-                return
-            if isinstance(outcome, Response):
-                self._succeeded = True
-                self.count(done=1, cached=int(outcome.cached), cost=0.0 if outcome.cached else outcome.usage.cost)
+        """The next sample to send: (index of its request, seed); None where none may be sent now."""
+        while self._waiting and self.verdicts.why_stopped() is None:
+            index, seeds = self._waiting[0]
+            if self.verdicts.why_stopped(index) is not None:
+                self._stopped[index] = seeds  # a success of what is in flight may lift that
             else:
-                self.count(done=1, failed=1)
-            self.outcomes[index][seed] = outcome
-            self._left -= 1
-            over = not self._left
-            if isinstance(outcome, APIError) and not outcome.retryable:
-                self._refused[index] = outcome
-                own = len(self.requests) > 1 and outcome.status in _OF_THE_PROMPT
-                if not own or (len(self._refused) >= _ENOUGH_REFUSED and not self._succeeded):
-                    self.failure, over = outcome, True
-        if over:
-            self.finish()
+                seed = next((seed for seed in seeds if seed not in self.outcomes[index]), None)
+                if seed is not None:
+                    return index, seed
+            self._waiting.popleft()
+        return None
+
+    def expect(self, index: int, seed: int, sample: _Sample) -> None:
+        """Wait for *sample* too. It arrives in a worker's thread."""
+        def arrive(_: Any) -> None:
+            self._done.put((index, seed, sample))
+            if self.loop is not None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    self.loop.call_soon_threadsafe(self.wakeup)
+
+        self.in_flight += 1
+        sample.future.add_done_callback(arrive)
+
+    def take(self, seconds: float = 0.0) -> None:
+        """Record all that is done, after a wait of up to *seconds* for the first."""
+        with contextlib.suppress(queue.Empty):
+            self._record(*self._done.get(seconds > 0, seconds or None))
+            while True:
+                self._record(*self._done.get_nowait())
+
+    def _record(self, index: int, seed: int, sample: _Sample) -> None:
+        self.in_flight -= 1
+        outcome = sample.future.result()  # raises what is a defect: it must not vanish with its thread
+        if outcome is None:
+            raise RolloutsError("the interpreter exits")
+        is_own = (sample.call, sample.index) == (self, index)
+        if not is_own:
+            self.say(index, seed, "from the same sample of another call")
+        elif sample.notes:
+            for kind, text in sample.notes:
+                self.notes[kind].append(text)
+        if isinstance(outcome, Response) and not is_own:
+            outcome = dataclasses.replace(outcome, cached=True)
+        self.outcomes[index][seed] = outcome
+        self.verdicts.record(index, outcome)
+        if isinstance(outcome, Response):
+            if index in self._stopped:
+                self._waiting.appendleft((index, self._stopped.pop(index)))
+            cost = 0.0 if outcome.cached else outcome.usage.cost
+            self.count(done=1, cached=int(outcome.cached), cost=cost)
+        else:
+            self.count(done=1, failed=1)
+
+    def fail_the_rest(self, problem: str = "") -> None:
+        """An error for each sample that was never sent: for *problem*, or what stopped its scope."""
+        for index, seeds in (*self._stopped.items(), *self._waiting):
+            refusal = None if problem else self.verdicts.why_stopped(index)
+            error = APIError(problem, provider=self.api.name)
+            if refusal is not None:
+                why = f"never sent, as seed {refusal.seed} was refused: {refusal}"
+                error = APIError(why, provider=self.api.name, advice=refusal.advice)
+            for seed in seeds:
+                if seed not in self.outcomes[index]:
+                    self.outcomes[index][seed] = error._with_seed(seed)
 
     def count(self, **more: float) -> None:
-        if self._tally is not None:
-            _progress.count(self._tally, **more)
+        if self.tally is not None:
+            _progress.count(self.tally, **more)
 
     def say(self, index: int, seed: int, text: str) -> None:
         sample = f"prompt {index}, seed {seed}" if len(self.requests) > 1 else f"seed {seed}"
-        if "logging" in sys.modules:  # else nobody listens, and importing it costs a quarter of importing us
-            sys.modules["logging"].getLogger(__name__).debug("%s: %s", sample, text)
+        _log.debug("%s: %s", sample, text)
         if self.config.verbose:
             _progress.say(f"rollouts: {sample}: {text}")
 
-    def finish(self, failure: Optional[BaseException] = None) -> None:
-        """End the call: nothing more is sent, and what still arrives is only cached."""
-        with self._lock:
-            if self.over.is_set():
-                return
-            self.failure = self.failure or failure
-            if self._tally is not None:  # before whoever waits can write a line of its own
-                _progress.end(self._left)
-            self.over.set()
-        for tell in self.when_over:
-            tell()
-
     def results(self) -> list[Rollouts]:
         """What the call returns, raises and warns of."""
-        config, total = self.config, len(self.seeds) * len(self.requests)
-        errors = [each for outcomes in self.outcomes for each in outcomes.values() if isinstance(each, APIError)]
-        if self.failure is None and errors and len(errors) == total:
-            self.failure = min(errors, key=lambda error: error.seed or 0)
-        notes = [
-            f"{len(reasons)} {what}: {Counter(reasons).most_common(1)[0][0]}" for what, reasons in (
-                (f"of {total} samples failed, mostly with", [] if self.failure else [str(error) for error in errors]),
-                ("cache entries could not be used and were asked for again, such as", self.unusable),
-                ("responses could not be written to the cache", self.unwritten)) if reasons]
+        outcomes = [each for found in self.outcomes for each in found.values()]
+        errors = [each for each in outcomes if isinstance(each, APIError)]
+        failure = None
+        if len(errors) == len(outcomes) and not self.config.offline:
+            was_sent = [error for error in errors if "never sent" not in error.message]
+            failure = min(was_sent, key=lambda error: error.seed or 0)
+        results = [self._rollouts(*each) for each in zip(self.requests, self.outcomes)]
+        shortfall = [] if failure or self.config.offline else [str(error) for error in errors]
         # Where warnings are errors, this one must not hide what failed.
-        with contextlib.suppress(UserWarning) if self.failure else contextlib.nullcontext():
-            if notes:
-                _warn("; ".join(notes))
-        if self.failure is not None:
-            raise self.failure
-        rollouts = []
-        for request, outcomes in zip(self.requests, self.outcomes):
-            ordered = [outcomes[seed] for seed in self.seeds]
-            rollouts.append(Rollouts(
-                request.prompt, [each for each in ordered if isinstance(each, Response)],
-                [each for each in ordered if isinstance(each, APIError)], len(self.seeds), config.model,
-                config.temperature, config.top_p, config.max_tokens, config.cache_dir if self.cache else None))
-        return rollouts
+        with contextlib.suppress(UserWarning) if failure else contextlib.nullcontext():
+            for text in (*self._troubles(shortfall), *self._doubts(results)):
+                _warn(text)
+        if failure is not None:
+            raise failure
+        return results
+
+    def _rollouts(self, request: _Request, outcomes: Mapping[int, _Outcome]) -> Rollouts:
+        ordered = [outcomes[seed] for seed in self.seeds]
+        sent = request.body
+        return Rollouts(
+            request.prompt, [each for each in ordered if isinstance(each, Response)],
+            [each for each in ordered if isinstance(each, APIError)], len(self.seeds),
+            self.config.model, sent.get("temperature"), sent.get("top_p"), sent.get("max_tokens"),
+            self.config.cache_dir if self.cache else None)
+
+    def _troubles(self, shortfall: Sequence[str]) -> Iterator[str]:
+        """What went wrong on the way, a sentence for each kind."""
+        for texts, what in (
+            (shortfall, f"of {self.total} samples failed, mostly with"),
+            (self.notes["unusable"], "cache entries could not be used and were asked for again, such as"),
+            (self.notes["unwritten"], "responses could not be written to the cache"),
+        ):
+            if texts:
+                yield f"{len(texts)} {what}: {Counter(texts).most_common(1)[0][0]}"
+        yield from dict.fromkeys(self.notes["server"])
+
+    def _doubts(self, results: Sequence[Rollouts]) -> Iterator[str]:
+        """What looks wrong with the fresh responses although all went well, a sentence for each kind."""
+        fresh = [[each for each in rollouts if not each.cached] for rollouts in results]
+        cut_off = sum(response._is_cut_off for each in fresh for response in each)
+        most = self.config.max_tokens
+        if cut_off and most == _SETTINGS["max_tokens"].default:
+            yield (
+                f"{cut_off} thoughts were cut off at the default max_tokens={most}: early prefixes are cut "
+                "most, which looks like an effect. Set max_tokens to what the model needs, such as 16384")
+        if any(map(_are_one_text, results, fresh)):
+            yield (
+                "the samples of a prompt are all the same long text, at a temperature above 0: does the "
+                "server decode greedily (do_sample, its seed), or does a response cache answer?")
+        for request, responses in zip(self.requests, fresh):
+            counted = min((each.usage.prompt_tokens or math.inf for each in responses), default=math.inf)
+            if request.length > _LONG_PROMPT and counted * _SPARSE < request.length:
+                yield (
+                    f"of a prompt of {request.length} characters the server counted {counted} tokens: it "
+                    "dropped a part of it. Raise its context length (num_ctx on Ollama)")
+                return
 
 
-def _is_interrupt(error: BaseException) -> bool:
-    """Whether *error* came of Ctrl-C, which asyncio turns into the cancelling of a task like any other."""
-    import signal
-
-    runner = getattr(getattr(signal.getsignal(signal.SIGINT), "func", None), "__self__", None)  # from Python 3.11
-    return (
-        isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
-        or bool(getattr(runner, "_interrupt_count", 0)))
+def _are_one_text(rollouts: Rollouts, fresh: Sequence[Response]) -> bool:
+    """Whether many samples that should differ are the same long text."""
+    if len(fresh) < _SAME_TEXTS or rollouts.temperature == 0 or len({each.full for each in fresh}) > 1:
+        return False
+    return min(each.usage.completion_tokens for each in fresh) > _SAME_TOKENS
 
 
-_clients: weakref.WeakSet[RolloutsClient] = weakref.WeakSet()
-_of_the_parent: list[Any] = []
+# == Client ========================================================================================
+#
+# The only room that knows all the others. A call is prepared (pure), looked up in the cache, and run;
+# each sample is drawn in _draw and nowhere else.
+
+_SCARCITY = 60.0  # seconds to wait for a file descriptor, before it counts as a failure
+_QUESTION = "What is the capital of France?"
+# Only a model that goes on writes 8 next. The second must not end in \boxed{ after a sum: a small model
+# then writes anything, so that a true continuation reads as none (observed).
+_PROBES = {
+    "an open thought": "<think>\nBefore I come to that, a quick sum to warm up: 2 x 4 =",
+    "a forced answer": "<think>\nI shall count before I answer.\n</think>\n\n1, 2, 3, 4, 5, 6, 7,",
+}
+_clients_of_the_parent: list[Any] = []  # in a forked child, for ever: they are the parent's to close
 
 
-def _release(transport: _Transport, caches: dict[tuple[type[_Cache], str], _Cache]) -> None:
-    transport.close()
+def _release(
+    pid: int, transport: _Transport, caches: dict[Any, _Cache], executors: dict[int, ThreadPoolExecutor]
+) -> None:
+    """Close what is idle. What is in flight finishes."""
+    if pid != os.getpid():
+        return
+    for executor in executors.values():
+        executor.shutdown(wait=False)
+    transport.close_idle(for_good=True)
     for cache in list(caches.values()):
         cache.close()
+
+
+def _server_note(request: _Request, config: Config, api: _Api, recognised: Optional[str]) -> str:
+    """What to tell of a server that does not continue an injection in the way it was asked to, or ''."""
+    name = recognised or api.name
+    server = _PROVIDERS.get(name, api.provider)
+    if config.endpoint == "completions":
+        return "" if server.raw_completions else (
+            f"{name} applies its chat template to raw prompts too, and drops the thought: make the model "
+            "with TEMPLATE {{ .Prompt }}, or use endpoint='chat'")
+    is_way_chosen = recognised is None or config.prefill is not None or not request.injection.text
+    if is_way_chosen or server.prefill == "trailing":
+        return ""
+    if server.prefill is None:
+        return f"the server at {api.name} is {name}, which cannot continue a chat: pass endpoint='completions'"
+    if server.prefill == "reasoning_content" and request.injection.thought is None:
+        return ""  # that way is one for thoughts
+    return (
+        f"the server at {api.name} is {name}, which continues an injected text in a way of its own: pass "
+        f"provider={name!r}, or prefill={server.prefill!r}")
 
 
 class RolloutsClient:
@@ -2236,37 +3000,42 @@ class RolloutsClient:
 
     Keywords are the settings of `Config`, and any further field of the API's request body (`min_p`,
     `stop`, `response_format`, …), which is sent as it is. All of them are defaults that a call may
-    override; there None takes a field out of the request. A client serves any number of threads and
-    event loops at once, and pickles without its key. ValueError names a bad argument, the value it
-    got and what it takes.
+    override; None takes a field out of the request. A client serves any number of threads and event
+    loops at once, and pickles without its key. ValueError names a bad argument, the value it got and
+    what it takes.
     """
 
-    @_Asked
-    def __signature__(cls) -> Any:
-        from inspect import Parameter, Signature
+    def __init__(
+        self, model: str, *, temperature: Optional[float] = Config.temperature,
+        top_p: Optional[float] = Config.top_p, max_tokens: Optional[int] = Config.max_tokens,
+        top_k: Optional[int] = None, presence_penalty: Optional[float] = None,
+        frequency_penalty: Optional[float] = None, seed: Optional[int] = Config.seed,
+        provider: Union[str, dict[str, Any], None] = None, base_url: Optional[str] = None,
+        endpoint: str = Config.endpoint, api_key: Optional[str] = None,
+        use_cache: Union[bool, str] = Config.use_cache, cache_dir: str = Config.cache_dir,
+        offline: bool = Config.offline, progress_bar: bool = Config.progress_bar,
+        verbose: bool = Config.verbose, requests_per_minute: Optional[float] = None,
+        max_concurrency: int = Config.max_concurrency, max_retries: int = Config.max_retries,
+        timeout: float = Config.timeout, stream: Optional[bool] = None,
+        prefill: Optional[str] = None, **extra: Any,
+    ) -> None:
+        settings = {name: value for name, value in locals().items() if name in _SETTINGS}
+        self._config = _with_settings(Config(model), {**settings, "extra": {}, **extra})
+        self._start(urllib.request.getproxies())
 
-        model, *settings, extra = Config.__signature__.parameters.values()
-        return Signature([
-            model, *(setting.replace(kind=Parameter.KEYWORD_ONLY) for setting in settings),
-            extra.replace(kind=Parameter.VAR_KEYWORD, annotation="Any", default=Parameter.empty)])
-
-    def __init__(self, model: str, **settings: Any) -> None:
-        self._config = Config(model)._override(settings)
-        self._start()
-
-    def _start(self) -> None:
+    def _start(self, proxies: dict[str, str]) -> None:
         """Begin with nothing under way: when new, when unpickled, and in a forked child."""
-        self._lock = threading.Lock()  # protects _flights and _calls; of the dicts below, setdefault alone is used
-        # Samples under way by what makes them the same, with the calls that wait for each.
-        self._flights: dict[Hashable, list[tuple[_Call, int]]] = {}
-        self._caches: dict[tuple[type[_Cache], str], _Cache] = {}
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # protects _in_flight, and the calls of a sample
+        self._in_flight: dict[Hashable, _Sample] = {}
+        # Of these dicts only setdefault is used, which needs no lock.
+        self._executors: dict[int, ThreadPoolExecutor] = {}  # by width
+        self._caches: dict[Any, _Cache] = {}
         self._pacers: dict[str, _Pacer] = {}
-        self._calls: set[_Call] = set()
-        self._pool = _Pool(self._config.max_concurrency)
-        self._transport = _Transport()
-        self._closed = False
-        self._release = weakref.finalize(self, _release, self._transport, self._caches)
-        _clients.add(self)
+        self._transport = _Transport(proxies)
+        self._is_closed = False
+        self._release = weakref.finalize(
+            self, _release, self._pid, self._transport, self._caches, self._executors)
 
     def __getattr__(self, name: str) -> Any:
         if name in _SETTINGS:
@@ -2282,17 +3051,18 @@ class RolloutsClient:
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        settings = (
-            f", {name}={value!r}" for name, value in vars(self._config).items()
-            if name != "model" and value != _SETTINGS[name].default)
-        return f"{type(self).__name__}({self.model!r}{''.join(settings)})"
+        shown = {
+            name: value for name, value in self._config.to_dict().items()
+            if name != "model" and value != _SETTINGS[name].default and value != {}}
+        settings = "".join(f", {name}={value!r}" for name, value in shown.items())
+        return f"{type(self).__name__}({self.model!r}{settings})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_config": self._config}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start()
+        self._start(urllib.request.getproxies())
 
     def __enter__(self) -> RolloutsClient:
         return self
@@ -2302,29 +3072,32 @@ class RolloutsClient:
 
     def close(self) -> None:
         """Send nothing more, and close what is idle. What is in flight still finishes and is kept."""
-        self._closed = True
-        for call in list(self._calls):
-            call.finish(RolloutsError("the client was closed"))
+        self._is_closed = True
         self._release()
 
     def generate(
-        self, prompt: Prompt, n_samples: int = 1, *, seed: Optional[int] = None, **overrides: Any
+        self, prompt: Prompt, n_samples: int = 1, *, seed: Optional[int] = ...,  # type: ignore[assignment]
+        **overrides: Any,
     ) -> Rollouts:
         """Return *n_samples* samples of *prompt*, from the cache or from the API.
 
         *prompt* is a str or a list of chat messages. Where a str contains "<think>", what comes before
         it is the question, and the model continues what begins there; so it does with a list that
         ends in an assistant message. The samples have the seeds *seed*, *seed* + 1, … and come in
-        that order. *overrides* are settings for this call.
+        that order; None sends no seed. *overrides* are settings for this call.
 
-        APIError is raised for what every sample would meet alike, or where none succeeded. What fails
-        after all retries otherwise stands in ``rollouts.errors``, and one warning counts it.
+        With endpoint="completions" *prompt* is a str that the model sees as it is, and continues.
+
+        What fails after all retries stands in ``rollouts.errors``, and a warning counts it. APIError is
+        raised only where there is nothing to return, not one sample. With offline=True nothing is
+        sent, raised or warned about: what is not in the cache stands in ``errors``.
         ValueError: an argument is wrong, or the model cannot continue an assistant message.
         """
         return self._run([prompt], n_samples, seed, overrides)[0]
 
     async def agenerate(
-        self, prompt: Prompt, n_samples: int = 1, *, seed: Optional[int] = None, **overrides: Any
+        self, prompt: Prompt, n_samples: int = 1, *, seed: Optional[int] = ...,  # type: ignore[assignment]
+        **overrides: Any,
     ) -> Rollouts:
         """Do as generate() does, in an event loop; any number of them may be under way at once.
 
@@ -2333,256 +3106,361 @@ class RolloutsClient:
         import asyncio
 
         call = self._prepare([prompt], n_samples, seed, overrides)
-        if call.cache is not None:
-            await asyncio.to_thread(self._look_up, call)
-        loop = asyncio.get_running_loop()
-        over = asyncio.Event()
-
-        def tell() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(over.set)
-
-        call.when_over.append(tell)
+        await asyncio.to_thread(self._look_up, call)
+        arrived = asyncio.Event()
+        call.loop, call.wakeup = asyncio.get_running_loop(), arrived.set
         with self._under_way(call):
-            await over.wait()
+            while self._fill(call):
+                # A signal does not wake a sleeping loop; a timer does, so that Ctrl-C is seen.
+                timer = call.loop.call_later(_SLICE, arrived.set)
+                await arrived.wait()
+                timer.cancel()
+                arrived.clear()
+                call.take()
         return call.results()[0]
 
     def generate_many(
-        self, prompts: Iterable[Prompt], n_samples: int = 1, *, seed: Optional[int] = None, **overrides: Any
+        self, prompts: Iterable[Prompt], n_samples: int = 1, *,
+        seed: Optional[int] = ..., **overrides: Any,  # type: ignore[assignment]
     ) -> list[Rollouts]:
         """Return *n_samples* samples of each of *prompts*, all through one queue.
 
         A prompt that the API refuses (400, 403, 413, 422) fails alone: its samples stand in its
-        ``errors``. What would meet every prompt alike is raised, as from generate().
+        ``errors``. APIError is raised only where not one sample of any prompt is to be had.
         """
         if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
             raise ValueError("prompts takes a list of prompts; for one prompt there is generate()")
         return self._run(list(prompts), n_samples, seed, overrides)
 
     def resample(
-        self, prompt: Prompt, reasoning: Union[str, Response], n_samples: int, *, at: Optional[Iterable[int]] = None,
-        suffix: str = "", **overrides: Any,
+        self, prompt: Prompt, reasoning: Union[str, Response, Sequence[str]], n_samples: int, *,
+        at: Optional[Iterable[int]] = None, suffix: str = "", **overrides: Any,
     ) -> list[Rollouts]:
-        """Return, for each i, *n_samples* continuations of the first i sentences of *reasoning*.
+        """Return, for each i, *n_samples* continuations of the first i parts of *reasoning*.
 
-        i runs from 0 to the number of sentences, both included, or over *at*. The sentences are those
-        of split_sentences(); *reasoning* is a thought without its tags, or the Response that has it.
-        Continuations of prefix i are "without" sentence i, those of prefix i + 1 "with" it. *suffix*
-        is added to each prefix: ``"\\n</think>\\n\\nTherefore, the final answer is \\\\boxed{"`` forces
-        the answer. Where *prompt* ends in an open thought already, *reasoning* goes on from there.
+        *reasoning* is a thought without its tags, which split_sentences() cuts; the Response that has
+        it; or a list of parts of your own whose concatenation is the thought. i runs from 0 to the
+        number of parts, both included, or over *at*, whose order the results keep. Each says which
+        it is: ``rollouts.at`` is i, ``rollouts.prefix`` the text of the parts that were kept, without
+        white space at its end. Continuations of prefix i are "without" part i, those of prefix i + 1
+        "with" it. *suffix* is added to each prefix: ``"\\n</think>\\n\\nTherefore, the final answer is
+        \\\\boxed{"`` forces the answer. Where *prompt* ends in an open thought already, *reasoning*
+        goes on from there. Errors: as from generate_many().
         """
-        text = reasoning.reasoning if isinstance(reasoning, Response) else reasoning
-        if not isinstance(text, str) or "</think>" in text or text.lstrip().startswith("<think>"):
+        if isinstance(reasoning, Response):
+            reasoning = reasoning.reasoning or ""
+        parts = split_sentences(reasoning) if isinstance(reasoning, str) else list(reasoning)
+        if not all(isinstance(part, str) and part for part in parts) or re.search(
+                r"</?think>", "".join(parts)) or not parts:
             raise ValueError(
-                f"reasoning takes a thought's text without its tags, or a Response that has one, not {text!r:.200}")
-        sentences = split_sentences(text.rstrip())
+                "reasoning takes a thought's text without its tags, a Response that has one, or a list of "
+                f"its parts, which are texts that are not empty; not {reasoning!r:.200}")
         if not isinstance(suffix, str):
             raise ValueError(f"suffix takes a str, not {suffix!r:.200}")
-        if at is not None and not isinstance(at, Iterable):
+        if at is not None and (isinstance(at, str) or not isinstance(at, Iterable)):
             raise ValueError(f"at takes a list of integers, not {at!r:.200}")
-        indices = range(len(sentences) + 1) if at is None else list(at)
-        for index in indices:
-            _integer(0, len(sentences)).check("at", index)
-        messages = _messages_of(prompt)
-        begun = _injection_of(messages)
-        if begun is None:
-            begun = "<think>\n"
-        elif not _leaves_open(begun):
-            raise ValueError("prompt takes a question, or one that ends in a thought that is still open")
-        else:
-            messages = messages[:-1]
-        prefixes = ["".join((begun, *sentences[:index], suffix)) for index in indices]
-        return self.generate_many(
-            [[*messages, {"role": "assistant", "content": prefix}] for prefix in prefixes], n_samples, **overrides)
+        in_range = _integer(0, len(parts))
+        indices = [in_range("at", index) for index in (range(len(parts) + 1) if at is None else at)]
+        # White space is left to what follows, so that the same prefix is the same request.
+        prefixes = ["".join(parts[:index]).rstrip() for index in indices]
+        endpoint = overrides.get("endpoint", self.endpoint)
+        prompts = [_continued(prompt, prefix + suffix, endpoint) for prefix in prefixes]
+        results = self.generate_many(prompts, n_samples, **overrides)
+        return [
+            dataclasses.replace(rollouts, at=index, prefix=prefix)
+            for rollouts, index, prefix in zip(results, indices, prefixes)]
 
     def check_injection(self, **overrides: Any) -> bool:
-        """Find out, with one request for a few tokens, whether the model continues an injected thought.
+        """Find out, with two or three cheap questions, whether the model continues what is injected.
 
-        It is asked for a capital, and given the beginning of a thought on something else: only a
-        model that goes on from "2 x 4 =" begins with 8. Many hosts start afresh without saying so,
+        It is asked for a capital, and given the beginning of something else: a thought that stays
+        open, and an answer after a closed one. Servers differ in the two. True where both go on;
+        where one of them does it is False, and a warning says which. Any 400 or 422 means no where the
+        same question without the injection is answered. Many hosts start afresh without saying so,
         and that changes: check a model at a provider before paying for thousands of samples.
-        APIError: as from generate().
+
+        It cannot see an empty thought that the chat template puts before the injected text (Qwen3
+        hybrids on vLLM); endpoint="completions" avoids it. APIError: as from generate().
         """
-        settings = {"max_tokens": 16, "temperature": 0, "use_cache": False, **overrides}
+        settings = {"max_tokens": 16, "temperature": 0, **overrides, "use_cache": False}
+        settings.setdefault("progress_bar", False)
+        results = {}
+        for name, injected in _PROBES.items():
+            try:
+                results[name] = self._goes_on(injected, settings)
+            except _CannotContinue:
+                results[name] = False
+        if len(set(results.values())) > 1:
+            works, fails = sorted(results, key=lambda name: not results[name])
+            _warn(f"{self.model} continues {works}, but not {fails}")
+        return all(results.values())
+
+    def _goes_on(self, injected: str, settings: dict[str, Any]) -> bool:
+        """Whether the model goes on with *injected*."""
         try:
-            response = self.generate(_PROBE, **settings)[0]
-        except _CannotContinue:
-            return False
+            response = self.generate(f"{_QUESTION}\n\n{injected}", 1, **settings)[0]
         except APIError as error:
-            refused = r"prefill|prefix|continue_final|(last|final) (message|role)|end with a user"
-            if error.status in (400, 422) and re.search(refused, error.message):
-                return False
-            raise
-        return bool(re.match(r"\W*8\b(?![.,]\d)", response.reasoning or ""))
+            if error.status not in (400, 422):
+                raise
+            try:
+                self.generate(_QUESTION, 1, **settings)
+            except APIError:
+                raise error from None
+            return False
+        text = response.content if "</think>" in injected else response.reasoning
+        return bool(re.match(r"\W*8\b(?![.,]\d)", text or ""))
 
     def _run(
-        self, prompts: list[Prompt], n_samples: int, seed: Optional[int], overrides: dict[str, Any]
+        self, prompts: list[Prompt], n_samples: int, seed: Any, overrides: dict[str, Any]
     ) -> list[Rollouts]:
         """The blocking twin of agenerate()."""
         call = self._prepare(prompts, n_samples, seed, overrides)
         self._look_up(call)
         with self._under_way(call):
-            while not call.over.wait(0.5):  # not one long wait, which Ctrl-C cannot break on Windows
-                _progress.show()
+            while self._fill(call):
+                call.take(_SLICE)
         return call.results()
 
-    @contextlib.contextmanager
-    def _under_way(self, call: _Call) -> Iterator[None]:
-        """Launch *call*; it ends with the block, however that ends."""
-        try:
-            self._launch(call)
-            yield
-        except BaseException as error:
-            self._pool.is_awaited &= not _is_interrupt(error)
-            raise
-        finally:
-            call.finish()
-
-    def _prepare(self, prompts: list[Prompt], n_samples: int, seed: Optional[int], overrides: dict[str, Any]) -> _Call:
+    def _prepare(
+        self, prompts: list[Prompt], n_samples: int, seed: Any, overrides: dict[str, Any]
+    ) -> _Call:
         """Check the arguments and make the requests: no I/O."""
-        if self._closed:
+        if self._pid != os.getpid():  # forked
+            _clients_of_the_parent.append((self._transport, self._caches, self._executors))
+            self._release.detach()
+            self._start(self._transport.proxies)
+        if self._is_closed:
             raise RolloutsError("the client is closed")
-        n_samples = _integer(1, 10**9).check("n_samples", n_samples)
-        if overrides.get("api_key", "") is None:
-            del overrides["api_key"]
-        if seed is not None:
+        n_samples = _integer(1, 10**9)("n_samples", n_samples)
+        if seed is not ...:
             overrides["seed"] = seed
-        ours, config = self._config, self._config._override(overrides)
-        if isinstance(config.provider, str) and config.provider != ours.provider and "base_url" not in overrides:
-            config.base_url = None  # the client's address is not that of another provider
-        if "api_key" not in overrides and _api_of(config).base_url != _api_of(ours).base_url:
-            config.api_key = None  # the client's key is for the client's address
-        _integer(0).check("seed + n_samples - 1", config.seed + n_samples - 1)
-        api = _api_of(config)
+        config, api = _for_call(self._config, overrides)
+        _integer(0)("seed + n_samples - 1", (config.seed or 0) + n_samples - 1)
+        if config.offline and not config.use_cache:
+            raise ValueError("offline=True takes what is in the cache: not with use_cache=False")
         cache = None
         if config.use_cache:
             store: type[_Cache] = _SqlCache if config.use_cache == "sql" else _JsonCache
             where = os.path.abspath(config.cache_dir)
-            cache = self._caches.setdefault((store, where), store(where))
-        return _Call(config, api, cache, [_request_of(prompt, config, api) for prompt in prompts], n_samples)
+            key = (store, where)
+            cache = self._caches.get(key) or self._caches.setdefault(key, store(where))
+        requests = [_request_of(prompt, config, api) for prompt in prompts]
+        return _Call(config, api, cache, requests, n_samples)
 
     def _look_up(self, call: _Call) -> None:
         """Take from the cache what is there."""
         if call.cache is None:
             return
-        for index, (request, outcomes) in enumerate(zip(call.requests, call.outcomes)):
-            outcomes.update(call.cache.get(request, call.seeds, call.unusable))
-            for seed in outcomes if call.config.verbose else ():
+        unusable = call.notes["unusable"]
+        for index, request in enumerate(call.requests):
+            get = functools.partial(call.cache.get, request, call.seeds, unusable)
+            try:
+                found = self._patiently(get, bool)
+            except OSError as error:  # to pay again for what is there would be worse
+                raise RolloutsError(f"the cache cannot be read just now: {error}") from error
+            call.store_found(index, found)
+            for seed in found if call.config.verbose else ():
                 call.say(index, seed, "from the cache")
 
-    def _launch(self, call: _Call) -> None:
-        """Put to the pool what is still to be drawn."""
-        api = call.api
-        if call.api.row.needs_key and not api.key and not api.is_local and any(
-                len(outcomes) < len(call.seeds) for outcomes in call.outcomes):
-            raise _failure(api, "no API key", None, False, advice=_advice_of(api, 401).replace("the right key", "one"))
-        self._pool.is_awaited = True  # whatever an earlier Ctrl-C ended
-        left = call.begin()
-        if not left:
-            call.finish()
-            return
-        with self._lock:
-            self._calls.add(call)
-            self._set_width()
-        call.when_over.append(functools.partial(self._forget, call))
-        if self._closed:  # while it was looked up
-            call.finish(RolloutsError("the client was closed"))
-        for _ in range(min(left, call.config.max_concurrency)):
-            self._pool.submit(functools.partial(self._turn, call))
+    def _patiently(self, operation: Callable[[], Any], is_cancelled: Callable[[], bool]) -> Any:
+        """Do *operation*; where no file descriptor is left, close idle connections, wait, try again."""
+        limit = time.monotonic() + _SCARCITY
+        while True:
+            try:
+                return operation()
+            except OSError as error:
+                if not _is_scarcity(error) or time.monotonic() > limit:
+                    raise
+            if is_cancelled():
+                raise _GivenUp
+            self._transport.close_idle()
+            time.sleep(0.01 + 0.04 * _clock.random())  # not all threads at once
 
-    def _forget(self, call: _Call) -> None:
-        with self._lock:
-            self._calls.discard(call)
-            self._set_width()
+    @contextlib.contextmanager
+    def _under_way(self, call: _Call) -> Iterator[None]:
+        """Show *call* as under way; it is over with the block, however that ends."""
+        done = sum(map(len, call.outcomes))
+        if call.config.offline:
+            call.fail_the_rest("not in the cache, and offline=True sends nothing")
+        elif done < call.total and call.config.progress_bar:
+            call.tally = _progress.begin(call.total, done)
+        try:
+            yield
+        except KeyboardInterrupt:
+            call.was_interrupted = not _is_interactive()
+            raise
+        finally:
+            call.is_over = True
+            if call.tally is not None:
+                _progress.end(call.total - sum(map(len, call.outcomes)))
 
-    def _set_width(self) -> None:
-        """Let the pool be as wide as the client, or as the widest call under way."""
-        configs = (self._config, *(call.config for call in self._calls))
-        self._pool.width = max(config.max_concurrency for config in configs)
-
-    def _turn(self, call: _Call) -> bool:
-        """Make one sample of *call*. False: it has no more."""
-        job = call.next()
-        if job is None:
+    def _fill(self, call: _Call) -> bool:
+        """Submit samples of *call* up to its width; False where it has come to its end."""
+        if call.config.offline:
             return False
-        index, seed = job
-        request = call.requests[index]
-        flight = (id(call.cache), call.api.key, call.api.base_url, request.key, seed)
+        while call.in_flight < call.config.max_concurrency and not self._is_closed:
+            job = call.next()
+            if job is None:
+                break
+            self._submit(call, *job)
+        if self._is_closed:
+            raise RolloutsError("the client was closed")
+        if not call.in_flight:
+            call.fail_the_rest()
+        elif call.tally is not None:
+            _progress.show()
+        return call.in_flight > 0
+
+    def _submit(self, call: _Call, index: int, seed: int) -> None:
+        """Let a thread draw a sample, or wait for the one that draws the same already."""
+        request, api, config = call.requests[index], call.api, call.config
+        key = (id(call.cache), api.key, request.url, request.key, seed, config.max_retries)
         with self._lock:
-            if flight in self._flights:
-                self._flights[flight].append((call, index))
-                return True
-            self._flights[flight] = []
-        outcome: Union[_Outcome, BaseException, None]
+            sample = self._in_flight.get(key) if call.cache else None
+            if sample is not None:
+                sample.calls.append(call)
+                call.expect(index, seed, sample)
+                return
+            sample = _Sample(key if call.cache else object(), call, index, seed)
+            self._in_flight[sample.key] = sample
+        width = config.max_concurrency
+        executor = self._executors.get(width) or self._executors.setdefault(
+            width, ThreadPoolExecutor(width, "rollouts"))
+        try:
+            # Known before it is submitted: Ctrl-C may arrive within submit.
+            call.expect(index, seed, sample)
+            executor.submit(self._draw, sample)
+        except BaseException as error:
+            # Where the system has no more threads, those that there are draw it: it is in their queue.
+            if isinstance(error, RuntimeError) and "start new thread" in str(error) and call.in_flight > 1:
+                return
+            self._finish(sample, RolloutsError(f"the sample was not sent: {error}"))
+            if isinstance(error, RuntimeError) and "shutdown" in str(error):
+                raise RolloutsError("the client was closed, or the interpreter exits") from error
+            raise
+
+    def _finish(self, sample: _Sample, outcome: Union[_Outcome, BaseException, None]) -> None:
+        with self._lock:
+            self._in_flight.pop(sample.key, None)
+        if sample.future.done():
+            return
+        if outcome is None or isinstance(outcome, (Response, APIError)):
+            sample.future.set_result(outcome)
+        else:
+            sample.future.set_exception(outcome)
+
+    def _draw(self, sample: _Sample) -> None:
+        """Draw a sample, in a thread of its own."""
+        outcome: Union[_Outcome, BaseException, None] = None
         try:
             # Another call may have finished this very sample since ours looked it up.
-            stored = call.cache.get(request, range(seed, seed + 1), []) if call.cache else {}
-            if seed in stored:
-                call.say(index, seed, "from the cache")
-            outcome = stored.get(seed) or self._sample(call, index, seed)
-        except BaseException as error:  # a defect: it must not vanish with its thread
+            outcome = self._stored(sample) or self._attempts(sample)
+        except _GivenUp:
+            with self._lock:  # a call that joins in just now would wait in vain
+                is_unwanted = sample.is_unwanted()
+                if is_unwanted:
+                    self._in_flight.pop(sample.key, None)
+            if not is_unwanted:
+                self._draw(sample)
+                return
+        except BaseException as error:
             outcome = error
-        with self._lock:
-            waiting = self._flights.pop(flight)
-        shared = outcome._replace(cached=True) if waiting and isinstance(outcome, Response) else outcome
-        for its_call, its_index, its in [(call, index, outcome), *((*other, shared) for other in waiting)]:
-            # One with more retries than ours does not give up with it, nor where ours was cancelled in between.
-            more = its_call.config.max_retries > call.config.max_retries
-            if its is None or (more and isinstance(its, APIError) and its.retryable):
-                if its_call is not call:
-                    its_call.put_back(its_index, seed)
-                    self._pool.submit(functools.partial(self._turn, its_call))
-            elif isinstance(its, (Response, APIError)):
-                if its is not outcome:
-                    its_call.say(its_index, seed, "from the same sample of another call")
-                its_call.record(its_index, seed, its)
-            else:
-                its_call.finish(its)
-        return True
+        self._finish(sample, outcome)
 
-    def _sample(self, call: _Call, index: int, seed: int) -> Optional[_Outcome]:
-        """One sample, drawn and kept, after as many attempts as it takes; None where the call is over."""
-        config, api, request = call.config, call.api, call.requests[index]
-        pacer = self._pacers.setdefault(api.base_url, _Pacer())
-        url = f"{api.base_url}/chat/completions"
-        headers = {"Content-Type": "application/json", **dict(api.row.headers)}
+    def _stored(self, sample: _Sample) -> Optional[Response]:
+        call, request = sample.call, sample.call.requests[sample.index]
+        if call.cache is None:
+            return None
+        get = functools.partial(call.cache.get, request, (sample.seed,), [])
+        found: dict[int, Response] = self._patiently(get, sample.is_unwanted)
+        if found:
+            call.say(sample.index, sample.seed, "from the cache")
+        return found.get(sample.seed)
+
+    def _attempts(self, sample: _Sample) -> _Outcome:
+        """One sample, drawn and kept, after as many attempts as it takes. _GivenUp: nobody wants it."""
+        call, api = sample.call, sample.call.api
+        say = functools.partial(call.say, sample.index, sample.seed)
+        if api.provider.needs_key and not api.key and not api.is_local:
+            advice = _advice_of(api, 401).replace("the right key", "one")
+            return _failure(api, "no API key", None, False, advice=advice)._with_seed(sample.seed)
+        pacer = self._pacers.get(api.base_url) or self._pacers.setdefault(api.base_url, _Pacer())
+        for attempt in itertools.count():
+            held = int(pacer.is_held)
+            if held:
+                _progress.reason = pacer.reason
+            call.count(waiting=held)
+            try:
+                pacer.wait(call.config.requests_per_minute, sample.is_unwanted)
+            finally:
+                call.count(waiting=-held)
+            outcome = self._attempt(sample)
+            if isinstance(outcome, Response):
+                return outcome
+            reason = f"HTTP {outcome.status}: {outcome.message}" if outcome.status else outcome.message
+            if outcome.retryable and outcome.retry_after:
+                pacer.hold(outcome.retry_after, reason)
+            if not outcome.retryable or attempt >= call.config.max_retries:
+                say(f"failed: {outcome}")
+                return outcome._with_seed(sample.seed)
+            wait = _backoff(outcome, attempt, _clock.random())
+            say(f"attempt {attempt + 1} failed, the next one in {wait:.1f} s: {outcome}")
+            _progress.reason = reason
+            call.count(retrying=1)
+            _clock.sleep(wait, sample.is_unwanted)
+            call.count(retrying=-1)
+        raise AssertionError("itertools.count() ended")
+
+    def _attempt(self, sample: _Sample) -> _Outcome:
+        """What came of one request; a Response is in the cache by then."""
+        call, config, api = sample.call, sample.call.config, sample.call.api
+        request, begun = call.requests[sample.index], time.monotonic()
+        headers = {"Content-Type": "application/json", **api.provider.headers}
         if api.key:
             headers["Authorization"] = f"Bearer {api.key}"
-        body = request.payload(api.row, seed, _is_streamed(config, api.row))
-        attempt = 0
-        while True:
-            pacer.wait(config.requests_per_minute, call.over)
-            if call.over.is_set():
-                return None
-            begun = time.monotonic()
+        streamed = _is_streamed(config, api.provider)
+        payload = request.payload(sample.seed, streamed)
+
+        def exchange() -> _Body:
+            with self._transport.post(
+                    request.url, headers, payload, config.timeout, api.provider.keeps_connections,
+                    sample.is_given_up) as reply:
+                return reply.read_all()
+
+        try:
+            body = self._patiently(exchange, sample.is_unwanted)
+            response, recognised = _read_reply(api, request, sample.seed, body, streamed)
+        except APIError as error:
+            return error
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            return _connection_error(api, error, config.timeout)
+        note = _server_note(request, config, api, recognised)
+        if note:
+            sample.notes.append(("server", note))
+        if call.cache is not None:
             try:
-                response = self._transport.post(
-                    url, headers, body, config.timeout, functools.partial(_read_reply, api, request, seed))
-            except APIError as error:
-                failure = error
-            except (OSError, http.client.HTTPException, UnicodeError) as error:
-                failure = _no_reply(api, error, config.timeout)
-            else:
-                if call.cache is not None:
-                    try:
-                        call.cache.put(request, response)
-                    except OSError as error:
-                        call.unwritten.append(str(error))
-                tokens, took = response.usage.completion_tokens, time.monotonic() - begun
-                call.say(index, seed, f"{tokens} tokens in {took:.1f} s, {response.finish_reason}")
-                return response
-            if failure.retryable and failure.retry_after:
-                pacer.hold(failure.retry_after)
-            if not failure.retryable or attempt >= config.max_retries:
-                call.say(index, seed, f"failed: {failure}")
-                return failure._of(seed)
-            wait = _next_wait(failure, attempt, _clock.chance())
-            attempt += 1
-            call.say(index, seed, f"attempt {attempt} failed, the next one in {wait:.1f} s: {failure}")
-            _progress.reason = f"HTTP {failure.status}: {failure.message}" if failure.status else failure.message
-            call.count(retrying=1)
-            _clock.sleep(wait, call.over)
-            call.count(retrying=-1)
+                self._patiently(functools.partial(call.cache.put, request, response), bool)
+            except OSError as error:
+                sample.notes.append(("unwritten", str(error)))
+        tokens, took = response.usage.completion_tokens, time.monotonic() - begun
+        ended = f"{tokens} tokens in {took:.1f} s, {response.finish_reason}"
+        call.say(sample.index, sample.seed, ended)
+        return response
+
+
+def _continued(prompt: Prompt, text: str, endpoint: str) -> Prompt:
+    """*prompt* with *text* in its open thought, or in a new one."""
+    if endpoint == "completions":
+        opened = "" if _raw_injection(prompt).is_open else "<think>\n"
+        return f"{prompt}{opened}{text}"
+    messages = _messages_of(prompt)
+    injection = _injection_of(messages)
+    begun = "<think>\n"
+    if injection is not None:
+        if not injection.is_open:
+            raise ValueError("prompt takes a question, or one that ends in a thought that is still open")
+        begun, messages = injection.text, messages[:-1]
+    return [*messages, {"role": "assistant", "content": begun + text}]
 
 
 def create_client(model: str, preset: str = "balanced", **settings: Any) -> RolloutsClient:
@@ -2590,38 +3468,24 @@ def create_client(model: str, preset: str = "balanced", **settings: Any) -> Roll
 
     Presets: deterministic (temperature 0), focused (0.3), balanced (0.7), creative (1.2).
     """
-    temperature = _PRESETS[_choice(*_PRESETS).check("preset", preset)]
+    temperature = _PRESETS[_choice(*_PRESETS)("preset", preset)]
     return RolloutsClient(model, **{"temperature": temperature, **settings})
-
-
-def _after_fork() -> None:
-    """In a forked child: leave the parent's connections, locks and threads alone, and start afresh."""
-    _progress.__init__()  # type: ignore[misc]
-    for client in list(_clients):
-        _of_the_parent.append((client._transport, client._caches))
-        client._release.detach()
-        client._start()
-
-
-@atexit.register
-def _at_exit() -> None:
-    """Wait for what is in flight, since it is paid for; but not when Ctrl-C ended the program."""
-    clients = list(_clients)
-    for client in clients:
-        for call in list(client._calls):
-            call.finish(RolloutsError("the interpreter exits"))
-    interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
-    while not interrupted and any(client._pool.is_busy and client._pool.is_awaited for client in clients):
-        time.sleep(0.02)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 # == Command =======================================================================================
 #
 # For shell scripts: a JSON line a response.
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """NAME=VALUE: the value is JSON, or else text; text where the setting takes nothing else."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(text)
+    is_text = name in _SETTINGS and _SETTINGS[name].type in ("str", "Optional[str]")
+    with contextlib.suppress(ValueError):
+        return name, value if is_text else json.loads(value)
+    return name, value
 
 
 def _main() -> int:
@@ -2631,25 +3495,20 @@ def _main() -> int:
         prog="python -m rollouts", description="Print samples of a prompt, a JSON line each.",
         epilog="The key comes from the environment: <PROVIDER>_API_KEY.")
     parser.add_argument("prompt", help="the prompt, or - for standard input")
-    parser.add_argument("-n", "--n-samples", type=int, default=1, help="how many samples (default 1)")
-    parser.add_argument("--model", required=True, help=_SETTINGS["model"].help)
-    for name, kind in (("seed", int), ("temperature", float), ("top_p", float), ("max_tokens", int), ("provider", str),
-                       ("base_url", str), ("cache_dir", str), ("requests_per_minute", float), ("timeout", float)):
-        default = _SETTINGS[name].default
-        words = _SETTINGS[name].help.partition(", or")[0] + (f" (default {default})" if default is not None else "")
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=words)
-    for flag, dest, value, words in (("--no-cache", "use_cache", False, "neither read the cache nor write to it"),
-                                     ("--verbose", "verbose", True, _SETTINGS["verbose"].help)):
-        parser.add_argument(flag, dest=dest, action="store_const", const=value, help=words)
-    settings = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    prompt, n_samples = settings.pop("prompt"), settings.pop("n_samples")
+    parser.add_argument("-n", "--n-samples", type=int, default=1, help="how many (default 1)")
+    parser.add_argument("--model", required=True, help=_SETTINGS["model"].metadata["help"])
+    parser.add_argument(
+        "-s", metavar="NAME=VALUE", dest="settings", type=_assignment, action="append", default=[],
+        help="a setting or a field of the body: " + ", ".join(_SETTINGS))
+    arguments = parser.parse_args()
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     try:
-        with RolloutsClient(**settings) as client:
-            rollouts = client.generate(sys.stdin.read() if prompt == "-" else prompt, n_samples)
+        with RolloutsClient(arguments.model, **dict(arguments.settings)) as client:
+            rollouts = client.generate(prompt, arguments.n_samples)
         for response in rollouts:
-            print(json.dumps({**response.to_dict(), "full": response.full}))
+            print(json.dumps(response.to_dict()))
         sys.stdout.flush()
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         parser.error(str(error))  # status 2
     except RolloutsError as error:
         sys.exit(f"rollouts: {error}")  # status 1

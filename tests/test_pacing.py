@@ -27,7 +27,7 @@ class Clock:
     def now(self):
         return self.time
 
-    def chance(self):
+    def random(self):
         return self.luck
 
     def sleep(self, seconds, stop):
@@ -86,7 +86,7 @@ class Backoff(Paced):
     def test_each_sample_takes_its_own_chance(self):
         clock = self.use(Clock())
         draws = iter([0.25, 0.75, 0.5])
-        clock.chance = lambda: next(draws)
+        clock.random = lambda: next(draws)
         server = self.serve(Reply(500))
         with self.assertRaises(APIError):
             self.client(server, max_retries=3).generate("q")
