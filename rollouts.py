@@ -1387,7 +1387,8 @@ _NO_CREDIT = (
 # per minute" the "200 per day" of the same sentence says only what the plan is.
 _DAILY = r"(?:per|by)[-_ ]?(?:day|week|month)|daily|monthly|weekly|today|tomorrow|86,?400 ?s"
 _EXCEEDED = r"exceed|reach|exhaust|used up|ran out"
-_NEAR = r"(?:(?!minute|second|hour|[.;,]\s|[()]).){0,160}?"
+_SHORT = r"minute|second|hour"
+_NEAR = rf"(?:(?!{_SHORT}|[.;,]\s|[()]).){{0,160}}?"
 _DAILY_LIMIT = rf"(?:{_EXCEEDED}){_NEAR}(?:{_DAILY})|(?:{_DAILY}){_NEAR}(?:{_EXCEEDED})"
 
 
@@ -1452,7 +1453,8 @@ def _why_it_lasts(status: int, error: Mapping[str, Any], words: str, wait: Optio
     if re.search(_NO_CREDIT, f"{kinds} {words}", re.I):
         return "the account has no quota left: add credit"
     is_daily = re.search(_DAILY, kinds, re.I) or (
-        wait is None and re.search(_DAILY_LIMIT, words, re.I | re.S))
+        wait is None and re.search(_DAILY, words, re.I)
+        and (re.search(_DAILY_LIMIT, words, re.I | re.S) or not re.search(_SHORT, words, re.I)))
     if (wait or 0) <= _LONGEST_WAIT and not (status == 429 and is_daily):
         return ""
     when = f"the API asks to wait {wait / 60:.0f} minutes" if wait else (
@@ -1651,7 +1653,7 @@ def _unpacked(body: bytes, encoding: str) -> bytes:
 
 
 def _events(text: str) -> Iterator[Any]:
-    """The JSON values of a stream of server-sent events, up to its [DONE], which is yielded as None.
+    """The JSON values of a stream of server-sent events, up to its [DONE], which is yielded as a str.
 
     An event of the name "error", and a line of the field "error", yield {"error": …}. A line that
     is bare JSON counts as an event. Comments and empty events are passed over.
@@ -1671,7 +1673,7 @@ def _events(text: str) -> Iterator[Any]:
         elif not line:
             joined = "\n".join(data).strip()
             if joined == "[DONE]":
-                yield None
+                yield joined
                 return
             if joined and name == "error":
                 yield {"error": json.loads(joined) if joined.startswith("{") else joined}
@@ -1691,7 +1693,7 @@ def _joined(pieces: Sequence[Any]) -> Any:
     return list(itertools.chain.from_iterable(lists))
 
 
-def _assembled(events: Iterable[Any]) -> tuple[Any, bool]:
+def _assembled(events: Iterator[Any]) -> tuple[Any, bool]:
     """(the unstreamed reply that a stream amounts to, whether it came to its end).
 
     Without any finish_reason a stream is whole where [DONE] came and no chunk carried a null one:
@@ -1701,11 +1703,17 @@ def _assembled(events: Iterable[Any]) -> tuple[Any, bool]:
     pieces: dict[str, list[Any]] = {}
     choice: dict[str, Any] = {}
     is_done = has_null = False
-    for event in events:
-        if event is None:
-            is_done = True
+    while True:
+        try:
+            value = next(events, events)  # itself at its end, as JSON may hold anything else
+        except ValueError:
+            if "finish_reason" not in choice:
+                raise
+            break  # only what follows the text is lost
+        if value is events or value == "[DONE]":
+            is_done = value is not events
             break
-        event = _dict(event)
+        event = _dict(value)
         choices = event.get("choices")
         if _fails(event):
             return event, True
@@ -1719,7 +1727,7 @@ def _assembled(events: Iterable[Any]) -> tuple[Any, bool]:
                     choice[name] = part[name]
             if part.get("usage"):
                 reply["usage"] = part["usage"]  # Moonshot's place for it
-            for name, value in _message_in(part).items():
+            for name, value in (_message_in(part) or {}).items():
                 if name in _PIECES and isinstance(value, (str, list)):
                     pieces.setdefault(name, []).append(value)
     choice["message"] = {name: _joined(values) for name, values in pieces.items()}
@@ -1727,11 +1735,12 @@ def _assembled(events: Iterable[Any]) -> tuple[Any, bool]:
     return {**reply, "choices": [choice]}, is_whole
 
 
-def _message_in(choice: Mapping[str, Any]) -> dict[str, Any]:
+def _message_in(choice: Mapping[str, Any]) -> Optional[dict[str, Any]]:
     """The message of a choice, or the piece of one; raw completions have a text in its place."""
     if isinstance(choice.get("text"), str):
         return {"content": choice["text"]}
-    return _dict(choice.get("delta")) or _dict(choice.get("message"))
+    found = [each for each in map(choice.get, ("delta", "message")) if isinstance(each, dict)]
+    return next(filter(None, found), found[0] if found else None)
 
 
 def _fails(data: Mapping[str, Any]) -> bool:
@@ -1813,7 +1822,10 @@ def _read_reply(
     if api.key:
         text = text.replace(api.key, "***")  # before it is cut
     if not 200 <= body.status < 300:
-        raise _refusal(api, body.status, body.headers, data if is_whole else None, text)
+        if isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong)):
+            raise body.broken
+        data, text = (data, "") if is_whole else (None, text)
+        raise _refusal(api, body.status, body.headers, data, text)
     if not is_whole:
         if body.broken is not None:
             raise body.broken
@@ -1836,7 +1848,7 @@ def _read_choice(
         # An error beside a good choice is none of a good choice.
         raise _error_within(api, body.headers, {"error": choice["error"]} if not _fails(data) else data)
     message = _message_in(choice)
-    if not message:
+    if message is None:
         words = f"a reply without choices: {_words_of(data, data)}"
         raise _failure(api, words if data else "a reply without choices", body.status)
     recognised = None
@@ -2026,7 +2038,11 @@ class _Connection:
     def connect(self, host: str, tunnel: str, proxy_headers: Mapping[str, str], context: Any) -> None:
         """Connect to *host*; through a CONNECT to *tunnel*, if it names one; over TLS with a *context*."""
         address = urllib.parse.urlsplit("//" + host)
-        self._connect_to(str(address.hostname), address.port or (443 if context else 80))
+        try:
+            port = address.port or (443 if context else 80)
+        except ValueError as error:
+            raise http.client.InvalidURL(str(error)) from error
+        self._connect_to(str(address.hostname), port)
         if tunnel:
             target = urllib.parse.urlsplit("//" + tunnel)
             where = f"{target.hostname}:{target.port or 443}"
@@ -2044,7 +2060,7 @@ class _Connection:
 
     def _connect_to(self, host: str, port: int) -> None:
         failure = OSError(f"{host} has no address")
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
             self.sock = socket.socket(family, kind, protocol)
             try:
                 self.sock.setblocking(False)
@@ -2745,17 +2761,18 @@ class _Sample:
     def __init__(self, key: Hashable, call: _Call, index: int, seed: int) -> None:
         self.key = key
         self.call, self.index, self.seed = call, index, seed  # for which it is drawn
-        self.calls = [call]  # all that wait for it
+        self.waiting = [(call, index)]  # all that wait for it
         self.future: Future[Optional[_Outcome]] = Future()  # None: nobody wanted it any more
         self.notes: list[tuple[str, str]] = []  # (kind, text) of what the call is to warn
 
     def is_unwanted(self) -> bool:
         """Whether no call waits for it: it is not sent, nor again."""
-        return _exits_by_interrupt() or all(call.is_over for call in self.calls)
+        return _exits_by_interrupt() or all(
+            call.is_over or call.verdicts.why_stopped(index) for call, index in self.waiting)
 
     def is_given_up(self) -> bool:
         """Whether its reply, if on its way, is not even wanted for the cache."""
-        return _exits_by_interrupt() or all(call.is_given_up() for call in self.calls)
+        return _exits_by_interrupt() or all(call.is_given_up() for call, _ in self.waiting)
 
 
 def _is_interactive() -> bool:
@@ -2808,7 +2825,8 @@ class _Call:
         while self._waiting and self.verdicts.why_stopped() is None:
             index, seeds = self._waiting[0]
             if self.verdicts.why_stopped(index) is not None:
-                self._stopped[index] = seeds  # a success of what is in flight may lift that
+                # A success of what is in flight may lift that.
+                self._stopped[index] = itertools.chain(self._stopped.get(index, ()), seeds)
             else:
                 seed = next((seed for seed in seeds if seed not in self.outcomes[index]), None)
                 if seed is not None:
@@ -2837,14 +2855,18 @@ class _Call:
     def _record(self, index: int, seed: int, sample: _Sample) -> None:
         self.in_flight -= 1
         outcome = sample.future.result()  # raises what is a defect: it must not vanish with its thread
-        if outcome is None:
-            raise RolloutsError("the interpreter exits")
+        if outcome is None:  # its scope was stopped meanwhile
+            if _exits_by_interrupt():
+                raise RolloutsError("the interpreter exits")
+            self._waiting.append((index, iter((seed,))))
+            return
         is_own = (sample.call, sample.index) == (self, index)
         if not is_own:
             self.say(index, seed, "from the same sample of another call")
         elif sample.notes:
             for kind, text in sample.notes:
-                self.notes[kind].append(text)
+                if kind != "server" or text not in self.notes[kind]:  # of a server one says it
+                    self.notes[kind].append(text)
         if isinstance(outcome, Response) and not is_own:
             outcome = dataclasses.replace(outcome, cached=True)
         self.outcomes[index][seed] = outcome
@@ -2863,7 +2885,8 @@ class _Call:
             refusal = None if problem else self.verdicts.why_stopped(index)
             error = APIError(problem, provider=self.api.name)
             if refusal is not None:
-                why = f"never sent, as seed {refusal.seed} was refused: {refusal}"
+                status = f"HTTP {refusal.status}: " if refusal.status else ""
+                why = f"never sent, as seed {refusal.seed} was refused: {status}{refusal.message}"
                 error = APIError(why, provider=self.api.name, advice=refusal.advice)
             for seed in seeds:
                 if seed not in self.outcomes[index]:
@@ -2884,14 +2907,15 @@ class _Call:
         outcomes = [each for found in self.outcomes for each in found.values()]
         errors = [each for each in outcomes if isinstance(each, APIError)]
         failure = None
-        if len(errors) == len(outcomes) and not self.config.offline:
+        if errors and len(errors) == len(outcomes) and not self.config.offline:
             was_sent = [error for error in errors if "never sent" not in error.message]
             failure = min(was_sent, key=lambda error: error.seed or 0)
         results = [self._rollouts(*each) for each in zip(self.requests, self.outcomes)]
         shortfall = [] if failure or self.config.offline else [str(error) for error in errors]
         # Where warnings are errors, this one must not hide what failed.
         with contextlib.suppress(UserWarning) if failure else contextlib.nullcontext():
-            for text in (*self._troubles(shortfall), *self._doubts(results)):
+            troubles = "; ".join(self._troubles(shortfall))
+            for text in filter(None, (troubles, *self.notes["server"], *self._doubts(results))):
                 _warn(text)
         if failure is not None:
             raise failure
@@ -2915,7 +2939,6 @@ class _Call:
         ):
             if texts:
                 yield f"{len(texts)} {what}: {Counter(texts).most_common(1)[0][0]}"
-        yield from dict.fromkeys(self.notes["server"])
 
     def _doubts(self, results: Sequence[Rollouts]) -> Iterator[str]:
         """What looks wrong with the fresh responses although all went well, a sentence for each kind."""
@@ -3147,14 +3170,7 @@ class RolloutsClient:
         \\\\boxed{"`` forces the answer. Where *prompt* ends in an open thought already, *reasoning*
         goes on from there. Errors: as from generate_many().
         """
-        if isinstance(reasoning, Response):
-            reasoning = reasoning.reasoning or ""
-        parts = split_sentences(reasoning) if isinstance(reasoning, str) else list(reasoning)
-        if not all(isinstance(part, str) and part for part in parts) or re.search(
-                r"</?think>", "".join(parts)) or not parts:
-            raise ValueError(
-                "reasoning takes a thought's text without its tags, a Response that has one, or a list of "
-                f"its parts, which are texts that are not empty; not {reasoning!r:.200}")
+        parts = _parts_of(reasoning)
         if not isinstance(suffix, str):
             raise ValueError(f"suffix takes a str, not {suffix!r:.200}")
         if at is not None and (isinstance(at, str) or not isinstance(at, Iterable)):
@@ -3318,7 +3334,7 @@ class RolloutsClient:
         with self._lock:
             sample = self._in_flight.get(key) if call.cache else None
             if sample is not None:
-                sample.calls.append(call)
+                sample.waiting.append((call, index))
                 call.expect(index, seed, sample)
                 return
             sample = _Sample(key if call.cache else object(), call, index, seed)
@@ -3446,6 +3462,19 @@ class RolloutsClient:
         ended = f"{tokens} tokens in {took:.1f} s, {response.finish_reason}"
         call.say(sample.index, sample.seed, ended)
         return response
+
+
+def _parts_of(reasoning: Any) -> list[str]:
+    """The parts of a thought: its sentences, or those that the user cut."""
+    given = reasoning.reasoning if isinstance(reasoning, Response) else reasoning
+    parts = [given.rstrip()] if isinstance(given, str) else given
+    is_list = isinstance(parts, Sequence) and all(isinstance(part, str) for part in parts)
+    is_cut = is_list and (isinstance(given, str) or all(parts))
+    if not is_cut or re.search(r"</?think>", "".join(parts)):
+        raise ValueError(
+            "reasoning takes a thought's text without its tags, a Response that has one, or a list of its "
+            f"parts, which are texts that are not empty; not {reasoning!r:.200}")
+    return split_sentences(parts[0]) if isinstance(given, str) else list(parts)
 
 
 def _continued(prompt: Prompt, text: str, endpoint: str) -> Prompt:

@@ -29,15 +29,17 @@ GRACE = 5.0  # seconds within which a process surely has stored what it was sent
 class FastClock:
     """The workers' clock: their backoffs and rate limits pass a hundred times as fast."""
 
-    chance = staticmethod(random.random)
+    random = staticmethod(random.random)
 
     @staticmethod
     def now():
         return time.monotonic() * 100
 
     @staticmethod
-    def sleep(seconds, stop):
-        stop.wait(seconds / 100)
+    def sleep(seconds, is_cancelled):
+        end = time.monotonic() + seconds / 100
+        while time.monotonic() < end and not is_cancelled():
+            time.sleep(0.001)
 
 
 def draw(worker, url, cache_dir, use_cache, seeds):

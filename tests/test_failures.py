@@ -18,6 +18,7 @@ from unittest import mock
 
 from tests import rollouts
 from tests.server import Reply, by_seed, chat, delta, events
+from tests.test_pacing import until_cancelled
 from tests.test_transport import HEAD, Wired, read_request, says, without_proxies
 
 APIError, RolloutsClient, RolloutsError = rollouts.APIError, rollouts.RolloutsClient, rollouts.RolloutsError
@@ -438,13 +439,19 @@ class Queue(Failing):
                 self.assertLessEqual(len(server.requests), 5)
 
     def test_after_some_succeeded(self):
+        """Then it is bad luck, until it happens more than twenty times in a row."""
         server = self.serve(lambda request: by_seed(request) if request.seed < 20 else refusal(402))
-        self.assertEqual(self.fails(server, 200, max_concurrency=4).status, 402)
-        self.assertLessEqual(len(server.requests), 24)
+        with self.assertWarnsRegex(UserWarning, "180 of 200 samples failed"):
+            result = self.client(server, max_concurrency=1).generate("q", 200)
+        self.assertEqual((len(result), len(result.errors)), (20, 180))
+        self.assertEqual(len(server.requests), 20 + 21)
+        self.assertEqual(result.errors[0].status, 402)
+        self.assertIn("never sent", result.errors[-1].message)
+        self.assertIsNone(result.errors[-1].status)
 
     def test_those_that_wait_for_a_retry_are_dropped(self):
         retrying = threading.Event()
-        self.clock.sleep = lambda seconds, stop: (retrying.set(), stop.wait(60))
+        self.clock.sleep = lambda seconds, is_cancelled: (retrying.set(), until_cancelled(seconds, is_cancelled))
         server = self.serve(
             lambda request: refusal(503) if request.seed == 0 else replace(refusal(401), wait=retrying))
         self.assertEqual(self.fails(server, 2, max_retries=5).status, 401)
@@ -463,7 +470,8 @@ class Queue(Failing):
                 self.assertEqual([len(result) for result in results], [10, 0, 10])
                 self.assertEqual([len(result.errors) for result in results], [0, 10, 0])
                 self.assertEqual([error.seed for error in results[1].errors], list(range(10)))
-                self.assertEqual({error.status for error in results[1].errors}, {status})
+                self.assertEqual({error.status for error in results[1].errors}, {status, None})
+                self.assertIn("never sent", str(results[1].errors[9]))
                 self.assertIn("not that one", str(results[1].errors[9]))
                 self.assertLessEqual(len(server.requests), 22)
                 self.assertEqual(len(caught), 1)

@@ -235,6 +235,7 @@ asyncio.run(main())
         server = self.serve(lambda request: by_seed(request) if request.seed >= 100 else gate(request))
         process = self.start(server, """
 import _thread
+sys.ps1 = ">>> "  # as in every interactive session
 threading.Thread(target=lambda: (sys.stdin.readline(), _thread.interrupt_main()), daemon=True).start()
 try:
     client.generate("q", 2)

@@ -41,10 +41,10 @@ from tests import rollouts
 class Clock:
     time = 0.0
     def now(self): return self.time
-    def chance(self): return 0.5
-    def sleep(self, seconds, stop):
-        while seconds > 5 and not os.path.exists("go") and not stop.wait(0.02):
-            pass
+    def random(self): return 0.5
+    def sleep(self, seconds, is_cancelled):
+        while seconds > 5 and not os.path.exists("go") and not is_cancelled():
+            time.sleep(0.02)
         self.time += seconds
 
 rollouts._clock = Clock()

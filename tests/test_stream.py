@@ -14,7 +14,7 @@ from tests import rollouts
 from tests.server import Reply, Request, Server, chat, delta, events
 
 APIError, RolloutsClient = rollouts.APIError, rollouts.RolloutsClient
-NO_WAIT = types.SimpleNamespace(now=time.monotonic, chance=lambda: 0.0, sleep=lambda seconds, stop: None)
+NO_WAIT = types.SimpleNamespace(now=time.monotonic, random=lambda: 0.0, sleep=lambda seconds, stop: None)
 DONE = b"data: [DONE]\n\n"
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
 STREAM = {"Content-Type": "text/event-stream"}

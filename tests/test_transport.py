@@ -193,15 +193,6 @@ class Connections(Wired):
         self.assertEqual(client.generate("second")[0].content, "again")
         self.assertEqual((len(server.requests), server.connections), (3, 2))
 
-    def test_a_kept_one_that_breaks_after_a_while_is_a_failed_attempt(self):
-        """The request was at work by then, and is paid for; one closed while idle shows it at once."""
-        server = self.serve([chat(), Reply(delay=0.3, hang_up="at once"), chat("again")])
-        client = self.client(server, max_retries=0)
-        client.generate("first")
-        with mock.patch.object(rollouts, "_STALE", 0.1), self.assertRaises(APIError):  # private: two seconds
-            client.generate("second")
-        self.assertEqual(len(server.requests), 2)
-
     def test_a_kept_one_that_breaks_within_the_reply_is_a_failed_attempt(self):
         for breaks in (replace(chat(), hang_up="early"), Reply(pieces=[b'{"choices"'], hang_up="early")):
             server = self.serve([chat(), breaks, chat()])
@@ -291,13 +282,13 @@ class Connections(Wired):
 
     def test_tcp_keepalive(self):
         sockets = []
-        connect = socket.create_connection
+        connect = rollouts._Connection.connect
 
-        def watched(*arguments, **options):
-            sockets.append(connect(*arguments, **options))
-            return sockets[-1]
+        def watched(connection, *arguments):
+            connect(connection, *arguments)
+            sockets.append(connection.sock)
 
-        with mock.patch.object(socket, "create_connection", watched):
+        with mock.patch.object(rollouts._Connection, "connect", watched):
             self.client(self.serve()).generate("q")
         self.assertEqual([sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for sock in sockets], [1])
         if hasattr(socket, "TCP_KEEPIDLE"):  # the system's own two hours would notice nothing in time
@@ -317,11 +308,11 @@ class Connections(Wired):
 
     def test_a_reply_that_comes_after_close_leaves_no_connection_open(self):
         sockets = []
-        connect = socket.create_connection
+        connect = rollouts._Connection.connect
 
-        def watched(*arguments, **options):
-            sockets.append(connect(*arguments, **options))
-            return sockets[-1]
+        def watched(connection, *arguments):
+            connect(connection, *arguments)
+            sockets.append(connection.sock)
 
         go, came = threading.Event(), threading.Event()
 
@@ -331,7 +322,7 @@ class Connections(Wired):
 
         client = self.client(self.serve(answer))
         thread = threading.Thread(target=lambda: self.assertRaises(rollouts.RolloutsError, client.generate, "q"))
-        with mock.patch.object(socket, "create_connection", watched):
+        with mock.patch.object(rollouts._Connection, "connect", watched):
             thread.start()
             self.assertTrue(came.wait(10))
         client.close()
