@@ -264,8 +264,11 @@ class Contract:
                 mock.patch.object(threading.Thread, "start", side_effect=AssertionError("a thread")):
             self.assertEqual(client.generate("q", 3).responses, first.responses)
             self.assertEqual(client.generate_many(["q", "q"], 2)[1].responses, first[:2])
-            with self.assertRaisesRegex(rollouts.APIError, "TOGETHER_API_KEY"):
-                client.generate("q", 4)
+        with mock.patch.dict(os.environ, without, clear=True), RolloutsClient("m", **settings) as client:
+            with warned() as caught, mock.patch("sys.stderr"):
+                four = client.generate("q", 4)
+            self.assertEqual((len(four), len(caught)), (3, 1))
+            self.assertIn("TOGETHER_API_KEY", str(four.errors[0]))
 
     def test_the_key_is_in_no_file(self):
         self.client(self.serve(), api_key="sk-very-secret").generate("q", 2)
@@ -329,7 +332,7 @@ class Json(JsonStore):
         for path, response in zip(self.files("seed_*.json"), answer):
             with open(path, encoding="utf-8") as file:
                 entry = json.load(file)
-            self.assertEqual({*entry, "cached"}, set(response.to_dict()))
+            self.assertEqual({*entry, "cached", "full"}, set(response.to_dict()))
             self.assertEqual(rollouts.Response.from_dict(entry), response)
         (path,) = self.files("request.json")
         with open(path, encoding="utf-8") as file:

@@ -113,13 +113,14 @@ class Blocking(Places, unittest.TestCase):
         messages = [
             {"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "hi"}]},
             {"role": "assistant", "content": "<think>\nWell"}]
-        for provider in ("together", "mistral", "vllm"):
+        thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "Well"}], "closed": False}
+        for provider, content in (("together", "<think>\nWell"), ("mistral", [thinking]), ("vllm", "<think>\nWell")):
             with self.subTest(provider=provider):
                 server = self.server(chat())
                 answers = self.client(provider=provider, base_url=server.url, use_cache=False).generate(messages)
                 sent = server.requests[0].body["messages"]
                 self.assertEqual(sent[:2], messages[:2])
-                self.assertEqual(sent[2]["content"], messages[2]["content"])
+                self.assertEqual((sent[2]["role"], sent[2]["content"]), ("assistant", content))
                 self.assertEqual(answers.prompt, messages)  # as it was asked, in nobody's dialect
 
     def test_several_servers(self) -> None:
@@ -294,6 +295,7 @@ class Fields(Places, unittest.TestCase):
                 "response_id": "gen-9",
                 "created": 1712345678,
                 "cached": False,
+                "full": "2 + 2</think>four",
             },
         )
         self.assertEqual(response.full, "2 + 2</think>four")
@@ -308,7 +310,8 @@ class Fields(Places, unittest.TestCase):
         for usage, expected in (
             (None, Usage()), ({}, Usage()), ([], Usage()), ("much", Usage()), (5, Usage()),
             ({"prompt_tokens": 3, "completion_tokens": 4}, Usage(3, 4, 7)),
-            ({"prompt_tokens": None, "completion_tokens": "4", "total_tokens": []}, Usage()),
+            ({"prompt_tokens": None, "completion_tokens": "4", "total_tokens": []}, Usage(0, 4, 4)),
+            ({"prompt_tokens": "three", "completion_tokens": "-4", "total_tokens": {}}, Usage()),
             ({"prompt_tokens": 3.0, "cost": "0.5"}, Usage(3, 0, 3, cost=0.5)),
             ({"prompt_tokens": 3, "prompt_cache_hit_tokens": 2}, Usage(3, 0, 3, cached_tokens=2)),  # DeepSeek's
             ({"prompt_tokens": 3, "prompt_tokens_details": None, "completion_tokens_details": []}, Usage(3, 0, 3)),

@@ -106,7 +106,7 @@ class Fixture:
         """Futures of calls of so many samples; each has joined what is in flight, and asked for one sample more."""
         futures = []
         for came, number in enumerate(numbers, start=1):
-            futures.append(self.start(function, *arguments, number, max_concurrency=1, **settings))
+            futures.append(self.start(function, *arguments, number, max_concurrency=number, **settings))
             self.assertTrue(gate.reached(came))
         return futures
 
@@ -114,8 +114,8 @@ class Fixture:
 class Identical(Fixture, unittest.TestCase):
     """Identical requests in flight are sent once.
 
-    A caller that draws one sample at a time and is seen to ask for its second one waits for the first:
-    so the tests know, without a sleep, that a caller has joined a request that is in flight.
+    A caller asks for its samples in their order. One that is seen to ask for its last waits for the others:
+    so the tests know, without a sleep, that a caller has joined the requests that are in flight.
     """
 
     def test_from_threads(self):
@@ -136,7 +136,7 @@ class Identical(Fixture, unittest.TestCase):
     def test_from_two_prompts_of_one_call(self):
         gate = Gate()
         server = self.serve(gate)
-        future = self.start(self.client(server).generate_many, ["q", "q", "r"], 1, max_concurrency=2)
+        future = self.start(self.client(server).generate_many, ["q", "q", "r"], 1, max_concurrency=3)
         self.assertTrue(gate.reached(2))  # q and r: the second q waits for the first
         gate.open()
         self.assertEqual([result.get_contents() for result in future.result(20)], [["answer 0"]] * 3)
@@ -182,7 +182,7 @@ class Identical(Fixture, unittest.TestCase):
             await asyncio.get_running_loop().run_in_executor(self.executor, clock.asleep.wait, 10)
             others = []
             for n in (2, 3):
-                others.append(asyncio.ensure_future(client.agenerate("q", n, max_concurrency=1)))
+                others.append(asyncio.ensure_future(client.agenerate("q", n, max_concurrency=n)))
                 await asyncio.get_running_loop().run_in_executor(self.executor, gate.reached, n)
             first.cancel()
             with self.assertRaises(asyncio.CancelledError):
@@ -203,7 +203,7 @@ class Identical(Fixture, unittest.TestCase):
         async def scenario():
             first = asyncio.ensure_future(client.agenerate("q", 1))
             await asyncio.get_running_loop().run_in_executor(self.executor, gate.reached, 1)
-            second = asyncio.ensure_future(client.agenerate("q", 2, max_concurrency=1))
+            second = asyncio.ensure_future(client.agenerate("q", 2, max_concurrency=2))
             await asyncio.get_running_loop().run_in_executor(self.executor, gate.reached, 2)
             first.cancel()
             with self.assertRaises(asyncio.CancelledError):
@@ -493,8 +493,7 @@ class Ending(Fixture, unittest.TestCase):
     def test_a_forgotten_client_leaves_nothing(self):
         server = self.serve()
         others = set(threads())
-        # Seconds that a thread without work stays: no setting, and the tests cannot wait for them.
-        with self.no_leaks(), mock.patch.object(rollouts, "_IDLE_THREAD", 0.05):
+        with self.no_leaks():
             for use_cache in ("json", "sql"):
                 client = self.forgettable(server, use_cache=use_cache)
                 client.generate("q", 10)
@@ -505,19 +504,6 @@ class Ending(Fixture, unittest.TestCase):
                 self.assertIsNone(forgotten())
             self.assertTrue(eventually(lambda: not connected(server), 2), "its connections are closed")
             self.assertTrue(eventually(lambda: not set(threads()) - others), threads())
-
-    def test_threads_end(self):
-        gate = Gate()
-        client = self.client(self.serve(gate), max_concurrency=12)
-        with mock.patch.object(rollouts, "_IDLE_THREAD", 0.05):  # see above
-            others = set(threads())
-            future = self.start(client.generate, "q", 30, progress_bar=True)
-            self.assertTrue(gate.reached(12))
-            gate.open()
-            with mock.patch("sys.stderr"):
-                future.result(20)
-            self.assertTrue(eventually(lambda: not set(threads()) - others), threads())
-            self.assertEqual(len(client.generate("q", 31)), 31)  # and new ones start where there is work again
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ USAGE_FIELDS = ["prompt_tokens", "completion_tokens", "total_tokens", "reasoning
 RESPONSE_FIELDS = [
     "content", "reasoning", "completed_reasoning", "finish_reason", "seed", "usage", "model", "provider", "response_id",
     "created", "cached"]
+DERIVED = ["full"]  # in a response's dict, for whoever reads it, and no field
 ROLLOUTS_FIELDS = [
-    "prompt", "responses", "errors", "num_responses", "model", "temperature", "top_p", "max_tokens", "cache_dir"]
+    "prompt", "responses", "errors", "num_responses", "model", "temperature", "top_p", "max_tokens", "cache_dir",
+    "at", "prefix"]
 ERROR_FIELDS = ["message", "status", "provider", "seed", "retryable", "retry_after", "advice"]
 LETTERS = string.printable + "é中…\u2028\0😀\ud800</think>"
 
@@ -56,7 +58,8 @@ def some_rollouts(rng: random.Random) -> Rollouts:
     prompt = rng.choice([some_text(rng), [{"role": "user", "content": some_text(rng)}]])
     return Rollouts(
         prompt, responses, errors, len(responses) + len(errors), some_text(rng), rng.choice([None, rng.random()]),
-        rng.choice([None, 0.95]), rng.choice([None, 100]), rng.choice([None, ".rollouts"]))
+        rng.choice([None, 0.95]), rng.choice([None, 100]), rng.choice([None, ".rollouts"]), rng.choice([None, 0, 3]),
+        rng.choice([None, "", some_text(rng)]))
 
 
 def of(*responses: Response, errors: Optional[List[APIError]] = None) -> Rollouts:
@@ -89,11 +92,11 @@ class Dicts(unittest.TestCase):
     def test_the_names(self) -> None:
         rng = random.Random(1)
         for make, names in (
-            (some_usage, USAGE_FIELDS), (some_response, RESPONSE_FIELDS), (some_rollouts, ROLLOUTS_FIELDS),
+            (some_usage, USAGE_FIELDS), (some_response, RESPONSE_FIELDS + DERIVED), (some_rollouts, ROLLOUTS_FIELDS),
             (some_error, ERROR_FIELDS),
         ):
             value = make(rng)
-            self.assertEqual(list(value.to_dict()), names)  # full is derived, and so is not among them
+            self.assertEqual(list(value.to_dict()), names)
             for name in names:
                 self.assertTrue(hasattr(value, name), name)
 
@@ -184,10 +187,10 @@ class OneResponse(unittest.TestCase):
         self.assertEqual(Response("a").to_dict(), {
             "content": "a", "reasoning": None, "completed_reasoning": True, "finish_reason": None, "seed": 0,
             "usage": dict.fromkeys(USAGE_FIELDS, 0), "model": "", "provider": "", "response_id": "", "created": 0,
-            "cached": False})
+            "cached": False, "full": "a"})
 
     def test_frozen(self) -> None:
-        for value in (Usage(), Response("a"), of(Response("a"))):
+        for value in (Usage(), Response("a"), of(Response("a")), rollouts.Config("m")):
             for field in dataclasses.fields(value):
                 with self.subTest(field=field.name), self.assertRaises(dataclasses.FrozenInstanceError):
                     setattr(value, field.name, None)
@@ -196,6 +199,7 @@ class OneResponse(unittest.TestCase):
         class Marked(Response):
             pass
 
+        @dataclasses.dataclass(frozen=True)
         class Judged(Response):
             verdict: str = "none"
             scale: typing.ClassVar[int] = 10
@@ -211,7 +215,7 @@ class OneResponse(unittest.TestCase):
                 self.assertEqual(names, list(inspect.signature(cls).parameters))
                 self.assertLessEqual(set(names), set(typing.get_type_hints(cls)))
         response = Response("4", "2 + 2", usage=Usage(1, cost=0.5))
-        self.assertEqual(dataclasses.asdict(response), response.to_dict())
+        self.assertEqual({**dataclasses.asdict(response), "full": "2 + 2</think>4"}, response.to_dict())
         self.assertEqual(dataclasses.replace(response, seed=7).seed, 7)
         self.assertIn("content='4'", pprint.pformat(response))
         self.assertEqual(eval(repr(response)), response)
@@ -229,7 +233,7 @@ class OneResponse(unittest.TestCase):
     def test_an_error_says_which_it_is(self) -> None:
         error = APIError("busy", status=503, seed=0, retryable=True)
         self.assertEqual(repr(error), "APIError('busy', status=503, seed=0, retryable=True)")
-        self.assertEqual(eval(repr(error)), error)
+        self.assertEqual(eval(repr(error)).to_dict(), error.to_dict())
 
     def test_what_is_no_rollouts(self) -> None:
         for data in ({}, "x", None, {**of(Response("4")).to_dict(), "note": 1}, {"responses": [1], "errors": []}):
@@ -241,7 +245,7 @@ class OneResponse(unittest.TestCase):
             (lambda: Response(), "missing .*'content'"),
             (lambda: Response("4", contents="5"), "unexpected .*'contents'"),
             (lambda: Response("4", content="5"), "multiple values .*'content'"),
-            (lambda: Usage(*range(7)), "too many positional arguments"),
+            (lambda: Usage(*range(7)), "positional arguments but 8 were given"),
         ):
             with self.subTest(words=words), self.assertRaisesRegex(TypeError, words):
                 make()
@@ -311,9 +315,11 @@ class AllOfThem(unittest.TestCase):
         self.assertLess(len(repr(of(*[Response("x" * 1000)] * 50))), 200)
 
     def test_equality(self) -> None:
-        for value in (of(*self.responses), self.rollouts):
-            with self.subTest(errors=len(value.errors)):
-                self.assertEqual(Rollouts.from_dict(value.to_dict()), value)
+        value = of(*self.responses)
+        self.assertEqual(Rollouts.from_dict(value.to_dict()), value)
+        again = Rollouts.from_dict(self.rollouts.to_dict())  # errors are equal to themselves alone
+        self.assertEqual(dataclasses.replace(again, errors=self.rollouts.errors), self.rollouts)
+        self.assertEqual([error.to_dict() for error in again.errors], [e.to_dict() for e in self.rollouts.errors])
         self.assertNotEqual(of(*self.responses[1:]), of(*self.responses))
 
 

@@ -47,6 +47,7 @@ class Clock:
             time.sleep(0.02)
         self.time += seconds
 
+import time
 rollouts._clock = Clock()
 os.chdir(sys.argv[2])
 client = rollouts.RolloutsClient("m", base_url=sys.argv[1], cache_dir=sys.argv[2])

@@ -1,8 +1,10 @@
 """Settings: what they take, which request they make, where the key goes."""
 
+import asyncio
 import copy
 import dataclasses
 import inspect
+import io
 import numbers
 import os
 import pathlib
@@ -43,7 +45,7 @@ BAD: Dict[str, Any] = {
     "temperature": [-0.01, 2.01, NAN, INF, -INF, "0.7", True, False, [0.7], 1j, 10**400, Decimal("0.7"), Array()],
     "top_p": [-0.1, 1.1, NAN, INF, "1", True, {}],
     "max_tokens": [0, -1, 1.0, 2.5, "100", True, NAN, INF, 2**63],
-    "top_k": [-1, 1.0, "40", True, NAN],
+    "top_k": [-2, 1.0, "40", True, NAN],
     "presence_penalty": [-2.1, 2.1, NAN, INF, "0", False],
     "frequency_penalty": [-2.1, 2.1, NAN, INF, "0", False],
     "seed": [-1, 1.0, "0", True, False, NAN, 2**63, Array()],
@@ -69,6 +71,8 @@ BAD: Dict[str, Any] = {
         b"http://host/v1",
     ],
     "api_key": [5, True, b"sk-1", "sk 1", "sk-1\nX-Header: 1", "schlüssel", ["sk-1"]],
+    "endpoint": ["", "chat/completions", "Chat", None, True, 5],
+    "offline": [None, 0, 1, "yes"],
     "use_cache": ["sqlite", "yes", "", None, 1, 0, 1.0],
     "cache_dir": ["", None, 5, True, "a\0b", b"bytes"],
     "progress_bar": [None, 0, 1, "yes"],
@@ -97,10 +101,10 @@ GOOD: Dict[str, Any] = {
     "temperature": [(0, 0.0), (2, 2.0), (0.5, 0.5), (Fraction(1, 2), 0.5), (None, None)],
     "top_p": [(0, 0.0), (1, 1.0), (None, None)],
     "max_tokens": [(1, 1), (2**63 - 1, 2**63 - 1), (None, None)],
-    "top_k": [(0, 0), (40, 40), (None, None)],
+    "top_k": [(-1, -1), (0, 0), (40, 40), (None, None)],
     "presence_penalty": [(-2, -2.0), (2, 2.0), (None, None)],
     "frequency_penalty": [(-2, -2.0), (2, 2.0), (None, None)],
-    "seed": [(0, 0), (2**63 - 1, 2**63 - 1)],
+    "seed": [(0, 0), (2**63 - 1, 2**63 - 1), (None, None)],
     "provider": [
         ("together", "together"),
         ("Together", "together"),
@@ -116,6 +120,8 @@ GOOD: Dict[str, Any] = {
         (None, None),
     ],
     "api_key": [("sk-1", "sk-1"), (" sk-1\n", "sk-1"), ("", None), (None, None)],
+    "endpoint": [("chat", "chat"), ("completions", "completions")],
+    "offline": [(True, True), (False, False)],
     "use_cache": [(True, True), (False, False), ("json", "json"), ("sql", "sql")],
     "cache_dir": [("here", "here"), (pathlib.Path("here"), "here"), ("~/here", os.path.expanduser("~/here"))],
     "requests_per_minute": [(0.5, 0.5), (600, 600.0), (None, None)],
@@ -131,7 +137,7 @@ GOOD: Dict[str, Any] = {
 EVERYTHING: Dict[str, Any] = {
     "model": "a/b", "temperature": 0.1, "top_p": 0.2, "max_tokens": 30, "top_k": 40, "presence_penalty": 0.5,
     "frequency_penalty": -0.6, "seed": 7, "provider": "together", "base_url": NOWHERE, "api_key": "sk-secret",
-    "use_cache": "sql", "cache_dir": "somewhere", "progress_bar": False, "verbose": True, "requests_per_minute": 60.0,
+    "endpoint": "completions", "offline": True, "use_cache": "sql", "cache_dir": "somewhere", "progress_bar": False, "verbose": True, "requests_per_minute": 60.0,
     "max_concurrency": 8, "max_retries": 9, "timeout": 10.0, "stream": True, "prefill": "prefix",
     "extra": {"min_p": 0.1},
 }
@@ -230,7 +236,8 @@ class Arguments(Case):
         for value in ("one prompt", {"role": "user", "content": "hi"}, None, 5):
             with self.subTest(prompts=value), self.assertRaisesRegex(ValueError, "^prompts takes "):
                 client.generate_many(value)
-        for value in (None, 5, "x</think>", "<think>\nx", ["One."]):
+        for value in (None, 5, "x</think>", "<think>\nx", b"One.", ["One.", ""], ["One.", 5], ["One.", None], ["a</thi", "nk>b"],
+                      ("<think>One.",), {"One.": 1}, rollouts.Response("4")):
             with self.subTest(reasoning=value), self.assertRaisesRegex(ValueError, "^reasoning takes "):
                 client.resample("hi", value, 2)
         for value in (5, [-1], [3], ["1"], [True], [1.0]):
@@ -375,10 +382,10 @@ class Arguments(Case):
             ("n_sample", r"generate\(prompt, n_samples\)"),
             ("suffix", "resample"),
             ("preset", "create_client"),
-            ("extra_body", "its fields, as keywords"),
+            ("extra_body", "extra"),
         ):
             with self.subTest(given=given):
-                with self.assertWarnsRegex(UserWarning, f"{given} is no setting.*did you mean {meant}") as caught:
+                with self.assertWarnsRegex(UserWarning, f"^{given} is neither a setting .*did you mean {meant}") as caught:
                     body = self.body_of(client, server, **{given: 1})
                 self.assertEqual(caught.filename, __file__)  # at the line of the caller
                 self.assertEqual(body[given], 1)
@@ -396,8 +403,8 @@ class Arguments(Case):
             "reasoning": {"effort": "low"},
             "user": "me",
             "tools": [],
-            "some_field_of_tomorrow": None,
-            "another_one": True,
+            "chat_template_kwargs": {"enable_thinking": True},
+            "ignore_eos": None,
         }
         sent = {name: value for name, value in further.items() if value is not None}
         server = self.server()
@@ -410,6 +417,41 @@ class Arguments(Case):
         self.assertEqual(
             self.body_of(self.client(base_url=server.url, **further), server, min_p=0.1, stop=None)["min_p"], 0.1
         )
+
+
+    def test_extra_fields_are_sent_without_a_word(self) -> None:
+        """Whatever they are called; a call's stand beside the client's, and win over them."""
+        server = self.server()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            client = self.client(base_url=server.url, extra={"of_tomorrow": 1, "temprature": 2}, min_p=0.1)
+            body = self.body_of(client, server, extra={"of_tomorrow": 3, "another": {"a": None}}, top_a=0.5)
+        self.assertEqual(body, {
+            "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "temprature": 2, "min_p": 0.1, "of_tomorrow": 3,
+            "another": {"a": None}, "top_a": 0.5})
+        self.assertEqual(client.extra, {"of_tomorrow": 1, "temprature": 2, "min_p": 0.1})
+
+    def test_an_unknown_keyword_warns_every_time(self) -> None:
+        """Python's own memory shows a text once a line; the user's filters rule all the same."""
+        server = self.server()
+        client = self.client(base_url=server.url)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(2):
+                client.generate("hi", temprature=1)
+        self.assertEqual(len(caught), 2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(2):
+                client.generate("hi", wholly_unlike_them=1)
+        self.assertEqual(len(caught), 2)
+        self.assertIn("wholly_unlike_them is neither", str(caught[0].message))
+        self.assertIn("extra={", str(caught[0].message))
+        self.assertNotIn("did you mean", str(caught[0].message))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            client.generate("hi", temprature=1)
+        self.assertEqual(caught, [])
 
 
 class Wire(Case):
@@ -547,6 +589,38 @@ class Wire(Case):
                 self.assertEqual("stream" in body, streamed)
         self.assertTrue(self.body_of(self.client(base_url=server.url, stream=True), server)["stream"])
 
+    def test_stream_options(self) -> None:
+        server = self.server(events(delta(content="fine", finish_reason="stop")))
+        client = self.client(base_url=server.url, stream=True)
+        self.assertEqual(self.body_of(client, server)["stream_options"], {"include_usage": True})
+        other = {"include_usage": False}
+        self.assertEqual(self.body_of(client, server, stream_options=other)["stream_options"], other)
+        without = self.client(base_url=server.url, stream=True, stream_options=None)
+        for body in (self.body_of(client, server, stream_options=None), self.body_of(without, server)):
+            self.assertIs(body["stream"], True)
+            self.assertNotIn("stream_options", body)
+
+    def test_no_seed(self) -> None:
+        """None sends none; the entries are numbered from 0 all the same."""
+        server = self.server(chat())
+        for provider, name in (("together", "seed"), ("mistral", "random_seed")):
+            for of_client, of_call in (({"seed": None}, {}), ({}, {"seed": None}), ({"seed": 7}, {"seed": None})):
+                with self.subTest(provider=provider, of_client=of_client):
+                    before = len(server.requests)
+                    where = os.path.join(self.cache_dir, str(before))
+                    client = self.client(provider=provider, base_url=server.url, cache_dir=where, **of_client)
+                    first, again = client.generate("hi", 3, **of_call), client.generate("hi", 4, **of_call)
+                    self.assertEqual([response.seed for response in first], [0, 1, 2])
+                    self.assertEqual([response.seed for response in again], [0, 1, 2, 3])
+                    self.assertEqual([response.cached for response in again], [True, True, True, False])
+                    bodies = [request.body for request in server.requests[before:]]
+                    self.assertEqual(len(bodies), 4)
+                    for body in bodies:
+                        self.assertNotIn(name, body)
+                        self.assertNotIn("seed", body)
+                    client.generate("ho", seed=5)
+                    self.assertEqual(server.requests[-1].body[name], 5)
+
     def test_prefill_of_a_call(self) -> None:
         server = self.server()
         client = self.client(base_url=server.url, prefill="prefix")
@@ -613,6 +687,75 @@ class Crowd:
         with self.lock:
             self.under_way -= 1
         return by_seed(request)
+
+
+class Offline(Case):
+    """offline=True sends nothing, needs no key and raises nothing: what is cached comes back."""
+
+    ADDRESS = "http://gateway.invalid/v1"  # an address that needs a key, and that no request reaches
+
+    def drawn(self, number: int, **settings: Any) -> Server:
+        """A server that *number* samples came from, as the proxy that reaches the address."""
+        server = self.server()
+        host, port = server.server_address[:2]
+        with environment(TOGETHER_API_KEY="sk-1", TOGETHER_BASE_URL=self.ADDRESS, http_proxy=f"http://{host}:{port}"):
+            self.client(provider="together", **settings).generate("hi", number)
+        self.assertEqual(len(server.requests), number)
+        return server
+
+    def assert_halves(self, answers: Any, cached: int, number: int) -> None:
+        self.assertEqual([(each.seed, each.cached) for each in answers], [(seed, True) for seed in range(cached)])
+        self.assertEqual([error.seed for error in answers.errors], list(range(cached, number)))
+        self.assertEqual(answers.num_responses, number)
+        for error in answers.errors:
+            self.assertIsInstance(error, APIError)
+            self.assertIn("not in the cache", str(error))
+            self.assertEqual((error.status, error.retryable), (None, False))
+
+    def test_cached_come_back_and_others_are_errors(self) -> None:
+        for use_cache in ("json", "sql"):
+            server = self.drawn(2, use_cache=use_cache)
+            with environment(TOGETHER_BASE_URL=self.ADDRESS), warnings.catch_warnings():
+                warnings.simplefilter("error")
+                online = self.client(provider="together", use_cache=use_cache)
+                offline = self.client(provider="together", use_cache=use_cache, offline=True)
+                for client, settings in ((online, {"offline": True}), (offline, {})):
+                    with self.subTest(use_cache=use_cache, settings=settings):
+                        self.assert_halves(client.generate("hi", 5, **settings), 2, 5)
+                        self.assert_halves(client.generate("hi", 2, **settings), 2, 2)
+                        self.assert_halves(client.generate("never asked", 3, **settings), 0, 3)
+                        self.assert_halves(asyncio.run(client.agenerate("hi", 5, **settings)), 2, 5)
+                        many = client.generate_many(["hi", "never asked"], 3, **settings)
+                        for answers, cached in zip(many, (2, 0)):
+                            self.assert_halves(answers, cached, 3)
+                        for answers in client.resample("hi", "One. Two.", 2, **settings):
+                            self.assert_halves(answers, 0, 2)
+            self.assertEqual(len(server.requests), 2)
+
+    def test_it_waits_for_nothing_and_a_call_may_end_it(self) -> None:
+        server = self.server()
+        client = self.client(base_url=server.url, offline=True, requests_per_minute=1, progress_bar=True)
+        with mock.patch("sys.stderr", io.StringIO()) as stderr:
+            self.assert_halves(client.generate("hi", 50), 0, 50)
+        self.assertEqual((stderr.getvalue(), server.requests), ("", []))
+        self.assertEqual(rollouts._clock.slept, [])
+        self.assertEqual(client.generate("hi", offline=False).get_contents(), ["answer 0"])
+        self.assert_halves(client.generate("hi", 2), 1, 2)
+
+    def test_where_it_makes_no_sense(self) -> None:
+        server = self.server()
+        client = self.client(base_url=server.url)
+        for call in (
+            lambda: client.generate("hi", offline=True, use_cache=False),
+            lambda: client.generate_many(["hi"], offline=True, use_cache=False),
+            lambda: self.client(base_url=server.url, use_cache=False).generate("hi", offline=True),
+            lambda: asyncio.run(client.agenerate("hi", offline=True, use_cache=False)),
+            lambda: client.check_injection(offline=True),
+            lambda: self.client(base_url=server.url, offline=True).check_injection(),
+        ):
+            with self.assertRaisesRegex(ValueError, "offline"):
+                call()
+        self.assertEqual(server.requests, [])
 
 
 class Keys(Case):
@@ -702,8 +845,13 @@ class Keys(Case):
         with environment(TOGETHER_BASE_URL=address):
             client = self.client(provider="together")
             self.assertTrue(all(response.cached for response in client.generate("hi", 2)))
+            with self.assertWarnsRegex(UserWarning, "^1 of 3 samples failed.*no API key"):
+                some = client.generate("hi", 3)  # what is there comes back all the same
+            self.assertEqual([(each.seed, each.cached) for each in some], [(0, True), (1, True)])
+            self.assertEqual([error.seed for error in some.errors], [2])
+            self.assertRegex(str(some.errors[0]), "no API key.*TOGETHER_API_KEY")
             with self.assertRaisesRegex(APIError, "no API key"):
-                client.generate("hi", 3)
+                client.generate("another", 3)
         self.assertEqual(len(server.requests), 2)
 
     def test_a_server_on_this_machine_needs_none(self) -> None:
@@ -816,8 +964,10 @@ class Configuration(Case):
                 default.max_concurrency,
                 default.max_retries,
                 default.seed,
+                default.endpoint,
+                default.offline,
             ),
-            (0.7, 0.95, 4096, True, ".rollouts", 600, 100, 10, 0),
+            (0.7, 0.95, 4096, True, ".rollouts", 600, 100, 10, 0, "chat", False),
         )
         for name in (
             "top_k",
@@ -837,15 +987,17 @@ class Configuration(Case):
         for name, value in EVERYTHING.items():
             self.assertEqual(getattr(client, name), value, name)
         server = self.server(chat())
-        config.base_url, config.cache_dir, config.verbose, config.stream = server.url, self.cache_dir, False, False
+        config = dataclasses.replace(
+            config, base_url=server.url, cache_dir=self.cache_dir, verbose=False, stream=False, offline=False)
         with RolloutsClient(**config.to_dict()) as client:
             client.generate("hi")
+        self.assertEqual(server.requests[0].path, "/v1/completions")
         self.assertEqual(server.requests[0].headers["authorization"], "Bearer sk-secret")
         self.assertEqual(
             server.requests[0].body,
             {
                 "model": "a/b",
-                "messages": [{"role": "user", "content": "hi"}],
+                "prompt": "hi",
                 "temperature": 0.1,
                 "top_p": 0.2,
                 "max_tokens": 30,
@@ -857,16 +1009,19 @@ class Configuration(Case):
             },
         )
 
-    def test_a_later_change_is_checked_too(self) -> None:
+    def test_a_later_change_is_another_config(self) -> None:
         config = Config("m")
-        with self.assertRaisesRegex(ValueError, "^temperature takes "):
-            config.temperature = NAN
-        config.temperature = 1
-        self.assertEqual(config, Config("m", temperature=1.0))
-        self.assertEqual(dataclasses.replace(config, temperature=0.7), Config("m"))
-        self.assertEqual(Config.temperature, 0.7)
-        with self.assertRaisesRegex(AttributeError, "temprature is no setting"):
+        with self.assertRaises(dataclasses.FrozenInstanceError):
+            config.temperature = 1  # type: ignore[misc]
+        with self.assertRaises(dataclasses.FrozenInstanceError):
             config.temprature = 0.2  # type: ignore[attr-defined]
+        with self.assertRaisesRegex(ValueError, "^temperature takes "):
+            dataclasses.replace(config, temperature=NAN)
+        other = dataclasses.replace(config, temperature=1)
+        self.assertEqual(other, Config("m", temperature=1.0))
+        self.assertIs(type(other.temperature), float)
+        self.assertEqual(dataclasses.replace(other, temperature=0.7), config)
+        self.assertEqual(Config.temperature, 0.7)
 
     def test_no_repr_shows_the_key(self) -> None:
         config = Config(**EVERYTHING)

@@ -110,8 +110,8 @@ class Vendored(Folder):
             import sys
             sys.path.insert(0, sys.argv[1])
             import rollouts
-            late = {"sqlite3", "asyncio", "argparse", "difflib", "logging", "inspect"} & set(sys.modules)
-            print(*late)  # what few scripts use is imported where it is used (-OO drops an assert)
+            late = {"sqlite3", "asyncio", "argparse"} & set(sys.modules)
+            print(*late)  # what is slow and few scripts use is imported where it is used (-OO drops an assert)
             """))
         self.assertEqual(output.strip(), "")
 
@@ -197,9 +197,10 @@ class Interface(unittest.TestCase):
     def test_the_signatures_of_the_contract(self) -> None:
         for function, names, defaults in (
             (rollouts.create_client, "model preset settings", {"preset": "balanced"}),
-            (rollouts.RolloutsClient.generate, "self prompt n_samples seed overrides", {"n_samples": 1, "seed": None}),
-            (rollouts.RolloutsClient.agenerate, "self prompt n_samples seed overrides", {"n_samples": 1, "seed": None}),
-            (rollouts.RolloutsClient.generate_many, "self prompts n_samples seed overrides", {"n_samples": 1}),
+            (rollouts.RolloutsClient.generate, "self prompt n_samples seed overrides", {"n_samples": 1, "seed": ...}),
+            (rollouts.RolloutsClient.agenerate, "self prompt n_samples seed overrides", {"n_samples": 1, "seed": ...}),
+            (rollouts.RolloutsClient.generate_many, "self prompts n_samples seed overrides",
+             {"n_samples": 1, "seed": ...}),
             (rollouts.RolloutsClient.resample, "self prompt reasoning n_samples at suffix overrides",
              {"at": None, "suffix": ""}),
             (rollouts.RolloutsClient.check_injection, "self overrides", {}),
@@ -215,7 +216,7 @@ class Interface(unittest.TestCase):
         text = pydoc.render_doc(rollouts, renderer=pydoc.plaintext)
         for name, default in rollouts.Config("m").to_dict().items():
             with self.subTest(name=name):
-                self.assertRegex(text, rf"\b{name}: \w")
+                self.assertRegex(text, rf"\b{name}: [\w']")
                 if name not in ("model", "extra"):
                     self.assertRegex(text, rf"{name}: .*default {re.escape(repr(default))}\.")
 
@@ -244,7 +245,8 @@ class Command(Folder):
 
         server = self.serve(script)
         output = self.assert_runs(self.command(
-            "Hello", "-n", 3, "--model", "m", "--temperature", 1.5, "--max-tokens", 50, "--seed", 7,
+            "Hello", "-n", 3, "--model", "m", "-s", "temperature=1.5", "-s", "max_tokens=50", "-s", "seed=7",
+            "-s", "stop=[\"x\"]", "-s", 'provider={"only": ["x"]}', "-s", "user=me",
             OPENROUTER_BASE_URL=server.url, OPENROUTER_API_KEY="k"))
         lines = [json.loads(line) for line in output.splitlines()]
         self.assertEqual([line["seed"] for line in lines], [7, 8, 9])
@@ -252,12 +254,13 @@ class Command(Folder):
         self.assertEqual(rollouts.Response.from_dict(lines[0]).content, "“7”\nsecond line")
         body = server.requests[0].body
         self.assertEqual((body["model"], body["temperature"], body["max_tokens"]), ("m", 1.5, 50))
+        self.assertEqual((body["stop"], body["provider"], body["user"]), (["x"], {"only": ["x"]}, "me"))
         self.assertTrue((self.folder / ".rollouts").is_dir())
 
     def test_the_prompt_from_standard_input(self) -> None:
         server = self.serve()
         self.assert_runs(self.command(
-            "-", "--model", "m", "--base-url", server.url, "--no-cache", stdin="Two lines,\nand “quotes”"))
+            "-", "--model", "m", "-s", f"base_url={server.url}", "-s", "use_cache=false", stdin="Two lines,\nand “quotes”"))
         self.assertEqual(server.requests[0].body["messages"], [{"role": "user", "content": "Two lines,\nand “quotes”"}])
         self.assertEqual(list(self.folder.iterdir()), [])
 
@@ -271,14 +274,17 @@ class Command(Folder):
         refusing = self.serve(Reply(401, {"error": {"message": "No such key"}}))
         for arguments, code, words in (
             (("Hello", "--model", "m"), 1, "OPENROUTER_API_KEY"),
-            (("Hello", "--model", "m", "--provider", "together"), 1, "TOGETHER_API_KEY"),
-            (("Hello", "--model", "m", "--base-url", refusing.url, "-n", 4), 1, "No such key"),
-            (("Hello", "--model", "m", "--temperature", 9), 2, "temperature takes a number from 0 to 2"),
+            (("Hello", "--model", "m", "-s", "provider=together"), 1, "TOGETHER_API_KEY"),
+            (("Hello", "--model", "m", "-s", f"base_url={refusing.url}", "-n", 4), 1, "No such key"),
+            (("Hello", "--model", "m", "-s", "temperature=9"), 2, "temperature takes a number from 0 to 2"),
             (("Hello", "--model", "m", "-n", 0), 2, "n_samples"),
             (("", "--model", "m"), 2, "prompt"),
-            (("Hello", "--model", "m", "--provider", "nobody"), 2, "openrouter"),
+            (("Hello", "--model", "m", "-s", "provider=nobody"), 2, "openrouter"),
             (("Hello",), 2, "--model"),
-            (("Hello", "--model", "m", "--temprature", 1), 2, "--temprature"),
+            (("Hello", "--model", "m", "--temperature", 1), 2, "--temperature"),
+            (("Hello", "--model", "m", "-s", "temperature"), 2, "temperature"),
+            (("Hello", "--model", "m", "-s", "use_cache=sqlite"), 2, "use_cache takes"),
+            (("Hello", "--model", "m", "-s", "logprobs=true"), 2, "logprobs"),
         ):
             with self.subTest(arguments=arguments):
                 done = self.command(*arguments)
@@ -286,13 +292,38 @@ class Command(Folder):
                 self.assertIn(words, done.stderr)
                 self.assertNotIn("Traceback", done.stderr)
 
+    def test_text_where_a_setting_takes_nothing_else(self) -> None:
+        server = self.serve(chat())
+        self.assert_runs(self.command(
+            "Hello", "--model", "5", "-s", f"base_url={server.url}", "-s", "api_key=123", "-s", "cache_dir=7",
+            "-s", "seed=null"))
+        body = server.requests[0].body
+        self.assertEqual((body["model"], server.requests[0].headers["authorization"]), ("5", "Bearer 123"))
+        self.assertNotIn("seed", body)
+        self.assertTrue((self.folder / "7").is_dir())
+
+    def test_s_sets_the_model_too(self) -> None:
+        server = self.serve()
+        self.assert_runs(self.command(
+            "Hello", "--model", "m", "-s", "model=other", "-s", f"base_url={server.url}"))
+        self.assertEqual(server.requests[0].body["model"], "other")
+
+    def test_offline(self) -> None:
+        server = self.serve()
+        self.assert_runs(self.command("Hello", "--model", "m", OPENROUTER_BASE_URL=server.url))
+        done = self.command(
+            "Hello", "--model", "m", "-n", 3, "-s", "offline=true", OPENROUTER_BASE_URL=server.url)
+        self.assertEqual((done.returncode, done.stderr, len(done.stdout.splitlines())), (1, "", 1))
+        self.assertEqual(len(server.requests), 1)
+
     def test_some_samples_failed(self) -> None:
         """What came is printed, and the exit code says that it is not all."""
         class Clock:
-            now, chance, sleep = time.monotonic, (lambda: 0.0), (lambda seconds, stop: None)
+            now, random, sleep = time.monotonic, (lambda: 0.0), (lambda seconds, is_cancelled: None)
 
         server = self.serve(lambda request: Reply(503) if request.seed == 1 else by_seed(request))
-        arguments = ["rollouts", "Hello", "--model", "m", "-n", "3", "--no-cache", "--base-url", server.url]
+        arguments = [
+            "rollouts", "Hello", "--model", "m", "-n", "3", "-s", "use_cache=false", "-s", f"base_url={server.url}"]
         # The command's own private function: in a process of its own the eleven attempts would really wait.
         with mock.patch.object(rollouts, "_clock", Clock), mock.patch.object(sys, "argv", arguments), \
                 contextlib.redirect_stdout(io.StringIO()) as output, self.assertWarns(UserWarning):
@@ -302,7 +333,7 @@ class Command(Folder):
 
     def test_help(self) -> None:
         output = self.assert_runs(self.command("--help"))
-        for option in ("--n-samples", "--model", "--temperature", "--provider", "--base-url", "--no-cache", "_API_KEY"):
+        for option in ("-n ", "--model", "-s NAME=VALUE", "_API_KEY", *SETTINGS):
             with self.subTest(option=option):
                 self.assertIn(option, output)
 
