@@ -392,7 +392,7 @@ _BODY_FIELDS = frozenset("""
     chat_template_kwargs enable_thinking include_reasoning logit_bias max_completion_tokens metadata
     min_p min_tokens models plugins reasoning reasoning_effort reasoning_format repeat_penalty
     repetition_penalty response_format route separate_reasoning service_tier session_id stop thinking
-    stream_options grammar ignore_eos tool_choice tools top_a transforms typical_p user verbosity""".split())
+    stream_options grammar ignore_eos echo tool_choice tools top_a transforms typical_p user verbosity""".split())
 _OTHER_NAMES = {
     "at": "resample(at=…)", "cache": "use_cache", "extra_body": "extra",
     "max_workers": "max_concurrency", "n_samples": "generate(prompt, n_samples)",
@@ -633,6 +633,8 @@ def _from_dict(cls: type[_Data], data: Any) -> _Data:
     """*cls* from a dict whose values are of the fields' types; unknown names are passed over."""
     values = {}
     try:
+        if not isinstance(data, Mapping):
+            raise TypeError(f"it is of type {type(data).__name__}")
         for name, types in _types_of(cls).items():  # type: ignore[arg-type]  # a class is hashable
             if name in data:
                 if type(data[name]) not in types:
@@ -889,6 +891,11 @@ def _text_of(content: Any, name: str = "text") -> str:
     return content if isinstance(content, str) else ""
 
 
+def _text_of_thought(part: Mapping[str, Any]) -> str:
+    texts = (_text_of(part.get(name)) for name in ("thinking", "text", "summary"))
+    return next((text for text in texts if text.strip()), "")
+
+
 def _fields_of(message: Mapping[str, Any]) -> tuple[Optional[str], str]:
     """A message's (thought, content). None: no field that holds a thought, not even an empty one.
 
@@ -900,7 +907,8 @@ def _fields_of(message: Mapping[str, Any]) -> tuple[Optional[str], str]:
         kinds = [part.get("type") if isinstance(part, dict) else "text" for part in parts]
         thoughts = [part for part, kind in zip(parts, kinds) if kind in ("thinking", "reasoning")]
         parts = [part for part, kind in zip(parts, kinds) if kind not in ("thinking", "reasoning")]
-        candidates += [_text_of(thoughts, name) for name in ("thinking", "text", "summary") if thoughts]
+        if thoughts:
+            candidates.append("".join(map(_text_of_thought, thoughts)))
     candidates += [_text_of(details, name) for name in ("text", "summary") if details]
     texts = [each for each in candidates if isinstance(each, str)]
     thought = next((text for text in texts if text.strip()), texts[0] if texts else None)
@@ -987,7 +995,7 @@ def _after_echo(text: str, echo: str, is_sure: bool) -> Optional[str]:
 def _without_echo(
     thought: Optional[str], content: str, injection: _Injection, echoes: bool
 ) -> tuple[Optional[str], str, bool]:
-    """(thought, content, whether there was an echo): without the injected text, whole or split."""
+    """(thought, content, whether content repeated it): without the injected text, whole or split."""
     rest = _after_echo(content, injection.text, echoes or "<think>" in injection.text)
     if rest is not None:
         return thought, rest, True
@@ -995,7 +1003,7 @@ def _without_echo(
     if injection.is_open:
         rest = _after_echo(thought or "", inside, echoes)
         if rest is not None:
-            return rest, content, True
+            return rest, content, False
         rest = _after_echo(content, inside, echoes)
     elif injection.thought is not None:
         is_split = (thought or "").strip() == inside.strip() and (echoes or len(inside) >= _SURE_ECHO)
@@ -1003,6 +1011,16 @@ def _without_echo(
         if is_split:
             return None, content if rest is None else rest, True
     return thought, content if rest is None else rest, rest is not None
+
+
+def _end_of_thought(text: str, pattern: re.Pattern[str], in_code: bool) -> Optional[re.Match[str]]:
+    """The first match of *pattern* outside blocks of code; else, with *in_code*, the first of all.
+
+    A thought may leave its block of code open.
+    """
+    matches = list(pattern.finditer(text))
+    outside = (match for match in matches if text.count("```", 0, match.start()) % 2 == 0)
+    return next(outside, matches[0] if matches and in_code else None)
 
 
 def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
@@ -1014,18 +1032,15 @@ def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
     preamble, tag, inside = text.partition("<think>")
     is_apart = bool(re.search(r"\n[ \t]*\Z", preamble)) and preamble.count("```") % 2 == 0
     if tag and (not preamble.strip() or (is_apart and not is_open)):
-        match = _CLOSING.search(inside)
+        match = _end_of_thought(inside, _CLOSING, True)
         if match is None:
             return inside.lstrip(), preamble.strip(), False
         answer = inside[match.end():]
         return inside[:match.start()].lstrip(), preamble.lstrip() + answer.lstrip(), True
-    match = (_CLOSING if is_open else _LONE_CLOSING).search(text)
+    match = _end_of_thought(text, _CLOSING if is_open else _LONE_CLOSING, is_open)
     if match is None or (not is_open and match.start() > len(preamble)):
         return None
-    before = text[:match.start()]
-    if not is_open and before.count("```") % 2:
-        return None
-    return before, text[match.end():].lstrip(), True
+    return text[:match.start()], text[match.end():].lstrip(), True
 
 
 def _is_answer(content: str, has_field: bool, has_echo: bool, expected: _Expected) -> bool:
@@ -1036,11 +1051,13 @@ def _is_answer(content: str, has_field: bool, has_echo: bool, expected: _Expecte
     model that stopped by itself has rather lost its tag than ended within its thought. A text that
     begins with a space goes on with the injected words.
     """
+    if has_echo or not (content.strip() or expected.may_be_answer):
+        return False  # it goes on with the text that it repeats, or ended before anything came
+    if expected.has_parser is not None:
+        return has_field or expected.has_parser
     if has_field or expected.is_hidden:
         return True
-    if expected.has_parser is not None:
-        return expected.has_parser
-    return expected.may_be_answer and not has_echo and not content.startswith((" ", "\t"))
+    return expected.may_be_answer and not content.startswith((" ", "\t"))
 
 
 def _read_message(message: Mapping[str, Any], expected: _Expected) -> tuple[Optional[str], str, bool]:
@@ -1049,7 +1066,8 @@ def _read_message(message: Mapping[str, Any], expected: _Expected) -> tuple[Opti
     field, content = _fields_of(message)
     field, content, has_echo = _without_echo(field, content, injection, expected.echoes)
     if injection.thought is not None and not injection.is_open:
-        return None, (field or "") + content, True  # also where a parser took it for a thought
+        answer = [text for text in (field or "", content) if text.strip()] or [content]
+        return None, "".join(answer), True  # also where a parser took it for a thought
     if field and field.strip():
         thought, content, is_closed = _read_field(field, content)
         is_closed = is_closed or bool(content) or bool(message.get("tool_calls"))
@@ -1094,71 +1112,132 @@ def _read_field(thought: str, content: str) -> tuple[str, str, bool]:
 
 # == Sentences =====================================================================================
 #
-# Pure functions on text.
+# A pure function. A boundary depends on what follows only up to the next place where a sentence
+# could end, so a text that is cut at a boundary is cut alike again. Every pattern is linear: a run
+# of one character is matched once, and only a bounded window before a stop is looked at.
 
-# Where a sentence may end: punctuation with what closes behind it, a paragraph break, or the line
-# before an item of a list. What is code or a formula is matched first, and so never looked into.
-_BOUNDARY = (
-    r"(?P<whole>```.*?(?:```|\Z)|`[^`\n]+`|\$\$.*?\$\$|\$(?!\s)[^$\n]*?(?<!\s)\$(?!\d)"
-    r"|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\))"
-    r"|(?P<break>(?<=\S)(?=[ \t]*\n[ \t]*(?:\n|(?:[-*•+]|\d{1,3}[.)])[ \t])))"
-    r"|(?P<ellipsis>\.{2,}|…)"
-    r"|(?P<cjk>[。！？]+[”’」』）]*)"
-    r"|(?P<stop>[.!?]+)[\"'”’)\]*_]*(?=\s)")
-_ABBREVIATION = (
-    r"(?:^|[\s(\[\"'])(?:vs|cf|Dr|Mrs?|Ms|Prof|St|Jr|Sr|Figs?|Eqs?|Eqn|Secs?|Ch|Thm|Prop|Lem|Cor|Def|Ex|approx|resp|ca|al"
-    r"|viz|(?!a\.m|p\.m)[a-z](?:\.[a-z])+|[A-Z](?:\.[A-Z])+)\.$")
-_FACTORIAL = r"(?:\d|\)|\b[a-z])!$"  # "5! × 3!": ends a sentence only before a capital letter
-_FOLLOWING = r"\s*(\S)(\S?)"
-_MARKER = (
-    r"(?:^|[:;]\s*(?=[1aAi][.)]))\s*(?:[-*•+#>]*\s*)(?:\*\*)?(?:(?:Step|Case|Part|No)\s+)?"
-    r"(?:\d{1,3}|[a-zA-Z]|[ivx]+)[.)]\s*$")
+# Where a sentence may end, by kind. Code and formulas come first, so they are never looked into.
+_BOUNDARY = r"""(?xs)
+    (?P<fence> ```[\w+#-]*[^\S\n]*\n .*? (?:```|\Z) )
+  | (?P<code>                           # a stray backtick stands beside a space or within a word
+        (?<![\w\\`]) (?P<ticks>`+) (?![\s`]) [^`\n]+ (?<!\s) (?P=ticks) (?![\w`]) )
+  | (?P<display> \$\$ .*? \$\$ | (?<!\\)\\\[ (?: (?!(?<!\\)\\\[) . )*? \\\] | \\end\{\w+\*?\} )
+  | (?P<formula>                        # "$5. Then he has 3$" is money
+        \$(?!\s) (?: (?![.?!]\s[A-Z][a-z]) [^$\n] )*? (?<!\s) \$(?!\d)
+      | \\\( (?: (?!\\\(|\n[^\S\n]*\n) . )*? \\\) )
+  | (?P<break> (?<=\S) (?= [^\S\n]*\n (?:
+        [^\S\n]*\n\s* (?!\s|[≈≡≤≥]|=[^=>])          # a paragraph, but not "= 3"
+      | [^\S\n]* (?: [-*•+] | \(?(?:\d{1,3}|[A-Za-z]|[ivxIVX]+)[.)] ) [^\S\n]+ [^\s=] ) ) )
+  | (?P<unspaced> [।॥۔؟｡。！？]+ [”’」』）]* )           # needs no space behind it
+  | (?P<weak>                           # "0.33… So", "5! So", "a ? b": ends before a capital only
+        (?: (?<=\d)(?:\.{2,}|…) | (?:(?<=[\d)])|(?<=\b[a-z]))!(?![.!?]) | (?<=\s)[.!?](?![.!?]) )
+        ["'”’»)\]}*_]* )
+  | (?P<ellipsis> \.{2,} | … )
+  | (?P<stop> [.!?]+ ) ["'”’»)\]}*_]*
+"""
+_FOLLOWING = r"""(?P<space>\s*)(?=(?P<first>\S))["'“‘(\[*_]*(?P<letter>\S)"""
+
+# Words that begin a sentence; after an abbreviation that may end one, they show that it did.
+_NO_STARTER = r"""(?x) [^\S\n]+ (?! \s | (?:
+    A|Actually|Additionally|After|Again|All|Also|Alternatively|Although|And|Another|Any|Are|As
+    |At|Because|Both|But|By|Can|Case|Check|Clearly|Consider|Correct|Could|Did|Do|Does|Each
+    |Either|Even|Every|Finally|First|For|From|Given|Good|Great|Hence|Here|Hmm|How|However|I|If
+    |In|Instead|Is|It|Its|Let|Maybe|My|Next|No|Not|Note|Now|Of|Oh|Okay|OK|On|Once|One|Option|Or
+    |Perhaps|Point|Right|Second|Similarly|Since|So|Some|Suppose|That|The|Their|Then|There
+    |Therefore|These|They|This|Those|Thus|To|Triangle|Wait|We|Well|What|When|Where|Which|While
+    |Who|Why|With|Would|Yes|Yet|You|Your|\w+ing )\b )"""
+
+# What keeps a sentence going over a stop: what stands before it, up to the stop, and what follows.
+_GOES_ON = (
+    # "5. = 120"; "<", ">", "/" and "|" may begin a line (a tag, a quotation, a path, a table).
+    (r"", r"\s*(?:=(?!>)|[+),;:^&}\]])|[^\S\n]*[/<>|]"),
+    # "1.", "**Step 2.**", "cases: a." are the beginning of a sentence.
+    (r"(?:^|[:;]\s*(?=[1aAi][.)]))\s*[-*•+#>\s]*\(?"
+     r"(?:(?:Step|Case|Part|No|Problem|Question|Theorem|Lemma|Claim|Example|Statement|Rule|Section"
+     r"|Clue|Q)\s*)?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]+)[.)]$", r""),
+    (r"(?:^|[\s(\[\"'])(?:vs|cf|Dr|Mrs?|Ms|Prof|St|Mt|Gen|Sen|Gov|Capt|Lt|Rev|Figs?|Eqs?|Eqn|Secs?"
+     r"|Ch|Thm|Prop|Lem|Cor|Def|Ex|approx|resp|ca|viz|incl|esp"
+     r"|(?!a\.m|p\.m)[a-z](?:\.[a-z])+)\.$", r""),
+    (r"\b(?:[Nn]os?|pp?|[Vv]ols?|ch|secs?|figs?|eqs?|arts?|paras?|vers?)\.$", r"\s*\d"),
+    (r"\b(?:al|Jr|Sr|Inc|Ltd|Corp|Co|[A-Z](?:\.[A-Z])+)\.$", _NO_STARTER),
+    # Initials. "the answer is B. Good" has none: they follow a name, an initial, or "by"; only J is
+    # hardly ever a variable, a vertex or an option.
+    (r"(?:(?:\b[A-Z]\.\s?|\bby\s|\b(?!Option|Case|Person|Team|Point|Answer|Choice|Player|Angle"
+     r"|Statement|Triangle|Line|Set|Box|Door)[A-Z][a-z]+,?\s(?:and\s)?)[A-Z]|\bJ)\.$",
+     _NO_STARTER + "[A-Z][a-z.]"),
+)
+# A small letter goes on with the sentence, unless it begins an equation or a call: "y is 3",
+# "dp[1] = 2", "cos x".
+_EQUATION = (
+    r"\w(?![^\W\d_])|\w*(?:\.\w+)*(?:[\d_(\[^]|[ ]?(?:[=<>≤≥≡≠≈∈→*^+]|[-:]=|->))"
+    r"|(?:sin|cos|tan|log|ln|lim|exp)\b")
+_WORD = r"(?<![\\A-Za-z])(?!sin|cos|tan|log|exp|max|min|gcd|mod)[A-Za-z]{3}|:"
 
 
-def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
-    """Whether the stop of *match* ends the sentence that began at *start*."""
-    # Of a long sentence the last words are enough; the dots in front keep ^ from matching them.
-    end = match.end("stop")
-    upto = text[start:end] if end - start < 60 else "…" + text[end - 60:end]
-    following = re.compile(_FOLLOWING).match(text, match.end())
-    if following is None:
+def _continues_equation(text: str, start: int, end: int) -> bool:
+    """Whether the line after *end* is no item of a list but goes on with an equation."""
+    line = re.compile(r"\s*[-+] (?:[^\n.!?…।॥۔؟｡。！？`]|\.(?=\d))*").match(text, end)
+    # "x = 8", then "- 3". How far to look back is bounded, so that many such lines stay linear.
+    equals = text.rfind("=", max(start, end - 200), end)
+    if line is None or equals < 0 or re.compile(r"\s*[-*+•] ").match(text, start):
+        return False
+    return not re.search(_WORD, text[equals:end] + line[0])
+
+
+def _ends_sentence(text: str, start: int, match: "re.Match[str]") -> bool:
+    """Whether *match* ends the sentence that began at *start*."""
+    kind = match.lastgroup
+    end = match.end()
+    if kind == "break":
+        return not _continues_equation(text, start, end)
+    if kind in ("fence", "unspaced"):
         return True
-    first, second = following[1], following[2]
-    if first in "=+/<>),;:^|&" or re.search(_MARKER, upto):
-        return False  # "5! = 120"; "1." and "Step 2." begin a sentence
-    if match["stop"] == "!" and re.search(_FACTORIAL, upto) and not first.isupper():
+    following = re.compile(_FOLLOWING).match(text, end)
+    if following is None or kind in ("code", "ellipsis"):
+        return following is None
+    space, letter = following["space"], following["letter"]
+    if not space:
         return False
-    if not match["stop"].endswith("."):
-        return not first.islower() or "\n" in following[0]
-    if re.search(_ABBREVIATION, upto) or (upto.endswith(("No.", "no.")) and first.isdigit()):
-        return False
-    # A small letter goes on with the sentence, unless it stands alone: "x = 2. y is 3."
-    return not first.islower() or not second.isalpha() or "\n" in following[0]
+    if kind != "stop":
+        # A formula ends a sentence with a stop of its own, a displayed one also with its line.
+        is_end = kind == "weak" or match[0].rstrip("$\\)] \n").endswith((".", "?"))
+        if kind == "display" and "\n" in space:
+            is_end = True
+        return is_end and letter.isalpha() and not letter.islower()
+    # Of a long sentence the last words are enough; the dots in front keep ^ from matching them.
+    stop = match.end("stop")
+    before = text[start:stop] if stop - start < 60 else "…" + text[stop - 60:stop]
+    for pattern, after in _GOES_ON:
+        if re.search(pattern, before) and re.compile(after).match(text, end):
+            return False
+    if not following["first"].islower() or "\n" in space:
+        return True
+    return re.compile(_EQUATION).match(text, following.start("first")) is not None
 
 
-def split_sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> "list[str]":
     """Cut *text* into sentences, losing nothing: ``"".join(split_sentences(text)) == text``.
 
-    A sentence ends at ``.``, ``!`` or ``?`` (with the quotes and brackets that close behind it) that
-    white space follows, at a full-width stop, at a paragraph break, and before an item of a list. It
-    does not end at an abbreviation, a decimal, an ellipsis or an enumeration ("1."), nor within code
-    or a formula; at the end of a fenced block of code it does. "Wait." is a sentence; what has neither
-    letter nor digit belongs to the sentence before it. White space leads the sentence that follows it,
-    so that no prefix of sentences ends in a space: models continue badly from one.
+    A sentence ends at ``.``, ``!`` or ``?`` (with the quotes and brackets that close behind it)
+    that white space follows, at a full stop of a script that needs no space, at a paragraph break,
+    before an item of a list, and after a displayed formula whose next line begins with a capital
+    letter. It does not end at an abbreviation, a decimal, an ellipsis or an enumeration ("1."), nor
+    within code, a formula or the lines of one equation; at the end of a fenced block of code it
+    does. "Wait." is a sentence; what has neither letter nor digit belongs to the sentence before
+    it. White space leads the sentence that follows it, so that no prefix of sentences ends in a
+    space: models continue badly from one. A prefix of sentences is cut into the same sentences
+    again.
     """
-    parts: list[str] = []
-    start = 0
-    for match in itertools.chain(re.finditer(_BOUNDARY, text, re.DOTALL), (None,)):
-        if match and (match["ellipsis"] or (match["whole"] and not match["whole"].startswith("```"))
-                      or (match["stop"] and not _ends_sentence(text, start, match))):
+    ends = [0]
+    for match in itertools.chain(re.finditer(_BOUNDARY, text), (None,)):
+        if match and not _ends_sentence(text, ends[-1], match):
             continue
         end = match.end() if match else len(text)
-        part, start = text[start:end], end
-        if parts and not re.search(r"\w", part):
-            parts[-1] += part
-        elif part:
-            parts.append(part)
-    return parts
+        if len(ends) > 1 and not re.search(r"\w", text[ends[-1]:end]):
+            ends[-1] = end
+        elif end > ends[-1]:
+            ends.append(end)
+    return [text[start:end] for start, end in zip(ends, ends[1:])]
 
 
 # == Requests ======================================================================================
@@ -1325,7 +1404,7 @@ def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
         said = _messages_of(prompt)
         injection, further = _chat_injection(said, config, api)
         body, field, path = {**further, **body}, "messages", "chat/completions"
-        length = sum(len(_text_of(message.get("content"))) for message in said)
+        length = sum(len(text or "") for message in said for text in _fields_of(message))
     if injection.text.endswith((" ", "\t")):
         _warn(
             "the injected text ends in a space, which most models continue badly: their words begin "
@@ -1821,9 +1900,11 @@ def _read_reply(
     text = content.decode(errors="replace").strip()
     if api.key:
         text = text.replace(api.key, "***")  # before it is cut
-    if not 200 <= body.status < 300:
-        if isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong)):
-            raise body.broken
+    is_good = 200 <= body.status < 300
+    is_late = isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong))
+    if body.broken is not None and is_late and (not is_good or "content-length" in body.headers):
+        raise body.broken
+    if not is_good:
         data, text = (data, "") if is_whole else (None, text)
         raise _refusal(api, body.status, body.headers, data, text)
     if not is_whole:
@@ -1858,7 +1939,7 @@ def _read_choice(
     server = recognised or api.name
     expected = _expected(request, _PROVIDERS.get(server, api.provider), finish_reason, streamed)
     if server == "vllm" and "completion_tokens_details" in usage:  # an object with a parser, else null
-        expected = expected._replace(has_parser=bool(usage["completion_tokens_details"]))
+        expected = expected._replace(has_parser=isinstance(usage["completion_tokens_details"], dict))
     reasoning, content, is_closed = _read_message(message, expected)
     response = Response(
         content, reasoning, is_closed, str(finish_reason) if finish_reason else None, seed,
@@ -1954,18 +2035,21 @@ class _Reply(http.client.HTTPResponse):
         try:
             if (self.length or 0) > _LONGEST_REPLY:
                 raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
-            while not self.isclosed():
-                # read1 does not count down a Content-Length before Python 3.12; read waits for all.
-                piece = self.read1(65536) if self.length is None else self.read(min(self.length, 65536))
+            left = self.length  # read1 counts it down from Python 3.12 on only
+            while not self.isclosed() and left != 0:
+                piece = self.read1(65536 if left is None else min(left, 65536))
                 if not piece:
                     break
                 pieces.append(piece)
+                left = None if left is None else left - len(piece)
                 if not is_done and _DONE.search(b"".join(pieces[-2:])):
                     is_done = True
                     limit = time.monotonic() + _LAST_CHUNK
                     self.connection.deadline = min(self.connection.deadline, limit)
-            if self.length:
-                raise http.client.IncompleteRead(b"", self.length)
+            if left:
+                raise http.client.IncompleteRead(b"", left)
+            if left == 0:
+                self.close()
         except (OSError, http.client.HTTPException) as error:
             if not is_done:
                 broken = error
@@ -3532,7 +3616,7 @@ def _main() -> int:
     arguments = parser.parse_args()
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     try:
-        with RolloutsClient(arguments.model, **dict(arguments.settings)) as client:
+        with RolloutsClient(**{"model": arguments.model, **dict(arguments.settings)}) as client:
             rollouts = client.generate(prompt, arguments.n_samples)
         for response in rollouts:
             print(json.dumps(response.to_dict()))

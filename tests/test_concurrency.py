@@ -17,20 +17,10 @@ import weakref
 from unittest import mock
 
 from tests import rollouts
+from tests.case import PATIENCE, AsyncCase, Case, Clock, LongSleeps, eventually
 from tests.server import Gate, Reply, Server, by_seed, chat
-from tests.test_pacing import Clock, until_cancelled
 
 RolloutsClient, APIError, RolloutsError = rollouts.RolloutsClient, rollouts.APIError, rollouts.RolloutsError
-
-
-def eventually(condition, seconds=10):
-    """Wait for what has no event of its own; False where it does not come."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 def threads(name="rollouts"):
@@ -54,53 +44,28 @@ def busy():
     return False
 
 
-class LongSleeps(Clock):
-    """A clock whose sleeps end only with the call, and that tells when one has begun."""
+class Held(Clock):
+    """A clock whose sleeps last until *wake*; *cancelled* says of each whether it was wanted no more by then."""
 
     def __init__(self):
         super().__init__()
-        self.asleep = threading.Event()
+        self.asleep, self.wake, self.cancelled = threading.Event(), threading.Event(), []
 
     def sleep(self, seconds, is_cancelled):
         self.asleep.set()
-        until_cancelled(seconds, is_cancelled)
+        self.wake.wait(PATIENCE)
+        self.cancelled.append(is_cancelled())
 
 
-class Fixture:
-    """A server, clients for it, and threads to call them from."""
+class Shared(Case):
+    """Several callers of one client. A sample has one attempt."""
 
-    def setUp(self):
-        self.directory = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
-        self.executor = concurrent.futures.ThreadPoolExecutor(40)
-        self.addCleanup(self.executor.shutdown)
-
-    def serve(self, script=by_seed):
-        server = Server(script)
-        self.addCleanup(server.__exit__)
-        if isinstance(script, Gate):
-            self.addCleanup(script.open)  # whatever happens, nothing is held for ever
-        return server
+    settings = {"max_retries": 0}
 
     def forgettable(self, server, **settings):
         """A client that nothing here refers to."""
-        settings = {"cache_dir": self.directory, "max_retries": 0, **settings}
+        settings = {"cache_dir": self.cache_dir, "max_retries": 0, **settings}
         return RolloutsClient("m", base_url=server.url, progress_bar=False, **settings)
-
-    def client(self, server, **settings):
-        client = self.forgettable(server, **settings)
-        self.addCleanup(client.close)
-        return client
-
-    def clock(self, clock):
-        patch = mock.patch.object(rollouts, "_clock", clock)
-        patch.start()
-        self.addCleanup(patch.stop)
-        return clock
-
-    def start(self, function, *arguments, **settings):
-        """A future of what *function* returns, from another thread."""
-        return self.executor.submit(function, *arguments, **settings)
 
     def callers(self, gate, numbers, function, *arguments, **settings):
         """Futures of calls of so many samples; each has joined what is in flight, and asked for one sample more."""
@@ -111,7 +76,7 @@ class Fixture:
         return futures
 
 
-class Identical(Fixture, unittest.TestCase):
+class Identical(Shared):
     """Identical requests in flight are sent once.
 
     A caller asks for its samples in their order. One that is seen to ask for its last waits for the others:
@@ -156,7 +121,7 @@ class Identical(Fixture, unittest.TestCase):
 
     def test_a_failure_that_may_pass_does_not_use_up_the_attempts_of_others(self):
         """The first to ask has no retries; who waits for the same sample has some."""
-        self.clock(Clock())
+        self.use_clock(Clock())
         gate = Gate(lambda request: by_seed(request) if request.seed or len(server.requests) > 2 else Reply(500))
         server = self.serve(gate)
         client = self.client(server)
@@ -169,8 +134,8 @@ class Identical(Fixture, unittest.TestCase):
             impatient.result(20)
         self.assertEqual(patient.result(20).get_contents(), ["answer 0", "answer 1"])
 
-    def test_who_waits_takes_over_when_the_first_is_cancelled_between_attempts(self):
-        clock = self.clock(LongSleeps())
+    def test_who_waits_keeps_a_sample_going_when_the_first_is_cancelled_between_attempts(self):
+        clock = self.use_clock(Held())
         gate = Gate(
             lambda request: by_seed(request) if request.seed or len(server.requests) > 1 else Reply(500),
             lambda request: request.seed > 0)
@@ -178,22 +143,25 @@ class Identical(Fixture, unittest.TestCase):
         client = self.client(server, max_retries=5)
 
         async def scenario():
+            thread = asyncio.get_running_loop().run_in_executor
             first = asyncio.ensure_future(client.agenerate("q", 1))
-            await asyncio.get_running_loop().run_in_executor(self.executor, clock.asleep.wait, 10)
+            self.assertTrue(await thread(self.executor, clock.asleep.wait, PATIENCE))
             others = []
             for n in (2, 3):
                 others.append(asyncio.ensure_future(client.agenerate("q", n, max_concurrency=n)))
-                await asyncio.get_running_loop().run_in_executor(self.executor, gate.reached, n)
+                self.assertTrue(await thread(self.executor, gate.reached, n))
             first.cancel()
             with self.assertRaises(asyncio.CancelledError):
                 await first
+            clock.wake.set()
             gate.open()
-            return await asyncio.wait_for(asyncio.gather(*others), 20)
+            return await asyncio.wait_for(asyncio.gather(*others), PATIENCE)
 
         two, three = asyncio.run(scenario())
         self.assertEqual(two.get_contents(), ["answer 0", "answer 1"])
         self.assertEqual(three.get_contents(), ["answer 0", "answer 1", "answer 2"])
         self.assertEqual(server.seeds(), [0, 0, 1, 2])
+        self.assertEqual(clock.cancelled, [False])
 
     def test_who_waits_gets_the_reply_that_a_cancelled_task_asked_for(self):
         gate = Gate()
@@ -226,7 +194,7 @@ class Identical(Fixture, unittest.TestCase):
             futures[1].result(20)
 
 
-class Width(Fixture, unittest.TestCase):
+class Width(Shared):
     def most_at_once(self, gate, expected):
         """Check that *expected* requests come, and while they are held no more."""
         self.assertTrue(gate.reached(expected), gate.came)
@@ -310,7 +278,7 @@ class Width(Fixture, unittest.TestCase):
         self.assertEqual(len(big.result(20)), 200)
 
 
-class Many(Fixture, unittest.TestCase):
+class Many(Shared):
     def test_threads_on_one_client(self):
         for use_cache in ("json", "sql"):
             with self.subTest(use_cache=use_cache):
@@ -339,10 +307,7 @@ class Many(Fixture, unittest.TestCase):
         self.assertEqual(len(server.requests), 20)
 
 
-class Asynchronous(Fixture, unittest.IsolatedAsyncioTestCase):
-    async def thread(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self.executor, function, *arguments)
-
+class Asynchronous(Shared, AsyncCase):
     async def test_agenerate_is_generate(self):
         server = self.serve()
         client = self.client(server)
@@ -350,7 +315,18 @@ class Asynchronous(Fixture, unittest.IsolatedAsyncioTestCase):
         self.assertEqual(one.get_contents(), ["answer 0", "answer 1", "answer 2"])
         two = await self.thread(lambda: client.generate("q", 3, temperature=0.1))
         self.assertEqual(one.responses, two.responses)
-        self.assertEqual(len(server.requests), 3)
+        self.assertEqual((one.prompt, one.temperature), ("q", 0.1))
+        self.assertEqual([response.cached for response in two], [True] * 3)
+        four = await client.agenerate("q", 4, seed=2, temperature=0.1)
+        self.assertEqual([(response.seed, response.cached) for response in four],
+                         [(2, True), (3, False), (4, False), (5, False)])
+        self.assertEqual(server.seeds(), [0, 1, 2, 3, 4, 5])
+
+    async def test_blocking_within_a_running_loop(self):
+        """As in a notebook."""
+        client = self.client(self.serve())
+        self.assertEqual(len(client.generate("q", 3)), 3)
+        self.assertTrue(all(response.cached for response in await client.agenerate("q", 3)))
 
     async def test_the_loop_goes_on_meanwhile(self):
         gate = Gate()
@@ -382,7 +358,7 @@ class Asynchronous(Fixture, unittest.IsolatedAsyncioTestCase):
                 client.close()
 
     async def test_cancelling_one_of_a_thousand_samples_in_backoff(self):
-        clock = self.clock(LongSleeps())
+        clock = self.use_clock(LongSleeps())
         server = self.serve(Reply(503))
         task = asyncio.ensure_future(self.client(server, max_retries=9, max_concurrency=10).agenerate("q", 1000))
         self.assertTrue(await self.thread(clock.asleep.wait, 10))
@@ -404,11 +380,13 @@ class Asynchronous(Fixture, unittest.IsolatedAsyncioTestCase):
         client = self.client(self.serve(Reply(402, {"error": {"message": "no credit"}})))
         with self.assertRaisesRegex(APIError, "no credit"):
             await client.agenerate("q", 3)
-        with self.assertRaisesRegex(ValueError, "n_samples"):
+        with self.assertRaisesRegex(ValueError, "^n_samples takes "):
             await client.agenerate("q", 0)
+        with self.assertRaisesRegex(NotImplementedError, "logprobs"):
+            await client.agenerate("q", logprobs=True)
 
 
-class Ending(Fixture, unittest.TestCase):
+class Ending(Shared):
     def test_use_after_close(self):
         server = self.serve()
         with self.client(server) as client:
@@ -422,8 +400,8 @@ class Ending(Fixture, unittest.TestCase):
         }.items():
             with self.subTest(name), self.assertRaisesRegex(RolloutsError, "closed"):
                 call()
-        self.assertEqual(len(server.requests), 1)
-        self.assertTrue(eventually(lambda: not connected(server), 2), "the idle connection is closed")
+        self.assertEqual((client.model, len(server.requests)), ("m", 1))
+        self.assertTrue(eventually(lambda: not connected(server)), "the idle connection is closed")
 
     def test_closing_ends_what_is_under_way_and_keeps_what_is_in_flight(self):
         for use_cache in ("json", "sql"):
@@ -437,7 +415,7 @@ class Ending(Fixture, unittest.TestCase):
                 with self.assertRaisesRegex(RolloutsError, "closed"):
                     future.result(20)
                 gate.open()
-                self.assertTrue(eventually(lambda server=server: not connected(server), 2), "it closes its connections")
+                self.assertTrue(eventually(lambda server=server: not connected(server)), "it closes its connections")
                 self.assertTrue(eventually(lambda: not busy()))
                 again = self.forgettable(server, use_cache=use_cache)
                 self.assertEqual([response.cached for response in again.generate("q", 4)], [True] * 3 + [False])
@@ -502,7 +480,7 @@ class Ending(Fixture, unittest.TestCase):
                 del client
                 gc.collect()
                 self.assertIsNone(forgotten())
-            self.assertTrue(eventually(lambda: not connected(server), 2), "its connections are closed")
+            self.assertTrue(eventually(lambda: not connected(server)), "its connections are closed")
             self.assertTrue(eventually(lambda: not set(threads()) - others), threads())
 
 

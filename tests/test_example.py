@@ -10,6 +10,7 @@ import unittest
 from pathlib import Path
 
 from tests import rollouts
+from tests.case import Case
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "example.py"
 PLANTED = "But the leading digit 6 is 0110 in binary, and its first zero does not count."
@@ -27,7 +28,7 @@ sys.addaudithook(watch)
 
 
 @unittest.skipUnless(EXAMPLE.exists(), "there is no example.py beside these tests")
-class ExampleTest(unittest.TestCase):
+class ExampleTest(Case):
     @classmethod
     def setUpClass(cls) -> None:
         directory = tempfile.TemporaryDirectory()

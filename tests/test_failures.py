@@ -17,9 +17,9 @@ from dataclasses import replace
 from unittest import mock
 
 from tests import rollouts
+from tests.case import environment, until_cancelled
 from tests.server import Reply, by_seed, chat, delta, events
-from tests.test_pacing import until_cancelled
-from tests.test_transport import HEAD, Wired, read_request, says, without_proxies
+from tests.test_transport import HEAD, Wired, read_request, says
 
 APIError, RolloutsClient, RolloutsError = rollouts.APIError, rollouts.RolloutsClient, rollouts.RolloutsError
 
@@ -344,7 +344,7 @@ class NoReply(Failing):
 
     def test_an_untrusted_certificate_is_raised_at_once(self):
         server = self.serve(tls=True)
-        with without_proxies(SSL_CERT_FILE=os.devnull):
+        with environment(SSL_CERT_FILE=os.devnull):
             error = self.fails(server, max_retries=2)
             self.assertIn("SSL_CERT_FILE", error.advice)
             self.assertFalse(error.retryable)
@@ -354,7 +354,7 @@ class NoReply(Failing):
         self.assertEqual(server.requests, [])
 
     def test_no_key(self):
-        with without_proxies(OPENROUTER_API_KEY=""), self.assertRaises(APIError) as caught:
+        with environment(OPENROUTER_API_KEY=""), self.assertRaises(APIError) as caught:
             self.client(None).generate("q")
         self.assertFalse(caught.exception.retryable)
         self.assertIn("OPENROUTER_API_KEY", str(caught.exception))
@@ -377,6 +377,7 @@ class Counted(Failing):
             result = self.client(server, max_retries=2).generate("q", 9)
         self.assertEqual((len(result.responses), len(result.errors), result.num_responses), (6, 3, 9))
         self.assertEqual([(error.seed, error.status) for error in result.errors], [(0, 503), (3, 503), (6, 500)])
+        self.assertTrue(all(error.retryable for error in result.errors))
         self.assertEqual([response.seed for response in result], [1, 2, 4, 5, 7, 8])
         self.assertIn("no room left", result.errors[0].message)
         self.assertEqual(server.seeds(), sorted([*range(9), *[0, 3, 6] * 2]))
@@ -403,13 +404,12 @@ class Counted(Failing):
     def test_a_failure_is_asked_for_again_by_the_next_call(self):
         broken = [True]
         server = self.serve(lambda request: self.some(request) if broken else by_seed(request))
-        with tempfile.TemporaryDirectory() as cache_dir:
-            client = self.client(server, max_retries=0, use_cache=True, cache_dir=cache_dir)
-            with self.assertWarns(UserWarning):
-                client.generate("q", 9)
-            broken.clear()
-            server.requests.clear()
-            self.assertEqual(len(client.generate("q", 9)), 9)
+        client = self.client(server, max_retries=0, use_cache=True)
+        with self.assertWarns(UserWarning):
+            client.generate("q", 9)
+        broken.clear()
+        server.requests.clear()
+        self.assertEqual(len(client.generate("q", 9)), 9)
         self.assertEqual(server.seeds(), [0, 3, 6])
 
     def test_any_mixture_adds_up(self):
@@ -451,7 +451,7 @@ class Queue(Failing):
 
     def test_those_that_wait_for_a_retry_are_dropped(self):
         retrying = threading.Event()
-        self.clock.sleep = lambda seconds, is_cancelled: (retrying.set(), until_cancelled(seconds, is_cancelled))
+        self.clock.sleep = lambda *how: (retrying.set(), until_cancelled(*how))
         server = self.serve(
             lambda request: refusal(503) if request.seed == 0 else replace(refusal(401), wait=retrying))
         self.assertEqual(self.fails(server, 2, max_retries=5).status, 401)
@@ -587,7 +587,7 @@ class TheKey(Failing):
         for url in ("http://127.0.0.1:9/v1", "https://127.0.0.1:9/v1"):
             self.is_hidden(told_by(self.fails(url, api_key=KEY, verbose=True)))
         server = self.serve(tls=True)
-        with without_proxies(SSL_CERT_FILE=os.devnull):
+        with environment(SSL_CERT_FILE=os.devnull):
             self.is_hidden(told_by(self.fails(server, api_key=KEY)))
 
     def test_reprs_and_pickles(self):
@@ -605,7 +605,8 @@ class TheKey(Failing):
 
     def test_caches(self):
         for kind in ("json", "sql"):
-            with self.subTest(kind), tempfile.TemporaryDirectory() as cache_dir:
+            with self.subTest(kind):
+                cache_dir = os.path.join(self.directory, kind)
                 client = self.client(self.serve(), api_key=KEY, use_cache=kind, cache_dir=cache_dir)
                 client.generate("q", 3)
                 client.generate_many(["a", "b"], 2)

@@ -12,58 +12,18 @@ import unittest
 from unittest import mock
 
 from tests import rollouts
-from tests.server import Reply, Server, by_seed, chat
+from tests.case import PATIENCE, Case, Clock, until_cancelled
+from tests.server import Reply, by_seed, chat
 
 APIError, RolloutsClient = rollouts.APIError, rollouts.RolloutsClient
 
 
-class Clock:
-    """What stands in for the module's clock: sleeping takes no time, it only moves the hands."""
+class Paced(Case):
+    settings = {"use_cache": False}
 
-    def __init__(self, luck=0.0):
-        self.time, self.luck, self.slept = 1000.0, luck, []
-        self.lock = threading.Lock()
-
-    def now(self):
-        return self.time
-
-    def random(self):
-        return self.luck
-
-    def sleep(self, seconds, is_cancelled):
-        with self.lock:
-            self.slept.append(seconds)
-            self.time += seconds
-
-
-def until_cancelled(seconds, is_cancelled):
-    """A sleep that only its cancelling ends."""
-    while not is_cancelled():
-        time.sleep(0.005)
-
-
-class Paced(unittest.TestCase):
     def setUp(self):
-        self.use(Clock())
-
-    def use(self, clock):
-        """Let *clock* be the module's until the test ends."""
-        self.clock = clock
-        patch = mock.patch.object(rollouts, "_clock", clock)
-        patch.start()
-        self.addCleanup(patch.stop)
-        return clock
-
-    def serve(self, script, **options):
-        server = Server(script, **options)
-        self.addCleanup(server.__exit__, None, None, None)
-        return server
-
-    def client(self, server, **settings):
-        settings = {"base_url": server.url, "use_cache": False, "progress_bar": False, **settings}
-        client = RolloutsClient("m", **settings)
-        self.addCleanup(client.close)
-        return client
+        super().setUp()
+        self.use_clock()
 
     def timed(self, script=by_seed):
         """A server, and the list of the times at which requests reach it."""
@@ -82,7 +42,7 @@ class Backoff(Paced):
         server = self.serve(Reply(503))
         for luck in (0.0, 0.5, 0.999):
             with self.subTest(luck=luck):
-                clock = self.use(Clock(luck))
+                clock = self.use_clock(Clock(luck))
                 with self.assertRaises(APIError):
                     self.client(server).generate("q")
                 self.assertEqual(len(clock.slept), len(steps))
@@ -90,7 +50,7 @@ class Backoff(Paced):
                     self.assertAlmostEqual(slept, luck * step)
 
     def test_each_sample_takes_its_own_chance(self):
-        clock = self.use(Clock())
+        clock = self.use_clock(Clock())
         draws = iter([0.25, 0.75, 0.5])
         clock.random = lambda: next(draws)
         server = self.serve(Reply(500))
@@ -149,7 +109,7 @@ class Told(Paced):
     def test_the_wait_is_obeyed(self):
         for name, reply, seconds in self.rows():
             with self.subTest(name):
-                clock = self.use(Clock())
+                clock = self.use_clock(Clock())
                 server, times = self.timed(in_turn(reply, chat()))
                 self.client(server).generate("q")
                 self.assertAlmostEqual(times[1] - times[0], seconds, delta=1.5 if seconds == 30 else 0.01)
@@ -163,7 +123,7 @@ class Told(Paced):
                 self.assertAlmostEqual(caught.exception.retry_after, seconds, delta=1.5 if seconds == 30 else 0.01)
 
     def test_jitter_goes_on_top_where_it_is_longer(self):
-        clock = self.use(Clock(0.5))
+        clock = self.use_clock(Clock(0.5))
         server = self.serve([Reply(503)] * 4 + [told(headers={"Retry-After": "1"}), chat()])
         self.client(server).generate("q")
         self.assertEqual(clock.slept, [0.5, 1, 2, 4, 8])
@@ -172,12 +132,12 @@ class Told(Paced):
         for value in ("soon", "", "-5", "nan", "inf", "1e999", "Mon, 99 Foo 2020", "Jan , , , Feb , +9999", "0",
                       "9" * 400):
             with self.subTest(value):
-                clock = self.use(Clock())
+                clock = self.use_clock(Clock())
                 self.client(self.serve([told(headers={"Retry-After": value}), chat()])).generate("q")
                 self.assertEqual(clock.slept, [0])
         for value in ("soon", None, [], {}, -1, "", 10**400):
             with self.subTest(metadata=value):
-                clock = self.use(Clock())
+                clock = self.use_clock(Clock())
                 reply = told(metadata={"retry_after_seconds": value, "headers": value}, availability=value)
                 self.client(self.serve([reply, chat()])).generate("q")
                 self.assertEqual(clock.slept, [0])
@@ -194,18 +154,19 @@ class Halted(Clock):
         super().__init__()
         self.asleep, self.go = threading.Event(), threading.Event()
 
-    def sleep(self, seconds, stop):
+    def sleep(self, seconds, is_cancelled):
         if not self.asleep.is_set():
             self.asleep.set()
-            self.go.wait(30)
-        super().sleep(seconds, stop)
+            self.go.wait(PATIENCE)
+        super().sleep(seconds, is_cancelled)
 
 
 class Hold(Paced):
     """One request that is told to wait holds back all of the client's to that API, and no others."""
 
     def setUp(self):
-        self.use(Halted())
+        super().setUp()
+        self.use_clock(Halted())
         self.addCleanup(self.clock.go.set)
         self.server, self.times = self.timed(self.answer)
         self.refusals = iter([told(headers={"Retry-After": "30"})])
@@ -216,9 +177,7 @@ class Hold(Paced):
     def halted(self, **settings):
         """A client one of whose requests has just been told to wait for half a minute."""
         client = self.client(self.server, **settings)
-        thread = threading.Thread(target=client.generate, args=("first",))
-        thread.start()
-        self.addCleanup(thread.join)
+        self.start(client.generate, "first")
         self.addCleanup(self.clock.go.set)
         self.assertTrue(self.clock.asleep.wait(10))
         return client
@@ -302,7 +261,7 @@ class RequestsPerMinute(Paced):
         rates = [1, 2, 59, 60, 61, 119, 120, 240, 1.5, 0.25] + [chance.uniform(1, 300) for _ in range(5)]
         for rate in rates:
             with self.subTest(rate=rate):
-                self.use(Clock())
+                self.use_clock(Clock())
                 server, times = self.timed()
                 n = int(min(3 + 1.2 * rate, 200))
                 client = self.client(server, requests_per_minute=rate, max_concurrency=1)
@@ -316,7 +275,7 @@ class RequestsPerMinute(Paced):
         chance = random.Random(2)
         for rate in (30, 150, 600):
             with self.subTest(rate=rate):
-                self.use(Clock())
+                self.use_clock(Clock())
                 server, times = self.timed()
                 client = self.client(server, requests_per_minute=rate, max_concurrency=1)
                 for call in range(20):
@@ -366,12 +325,11 @@ class RequestsPerMinute(Paced):
 
     def test_cached_samples_use_none_of_it(self):
         server, _ = self.timed()
-        with tempfile.TemporaryDirectory() as cache_dir:
-            client = self.client(server, requests_per_minute=1, use_cache=True, cache_dir=cache_dir)
-            client.generate("q", 2)
-            slept = len(self.clock.slept)
-            client.generate("q", 2)
-            self.assertEqual((len(server.requests), len(self.clock.slept)), (2, slept))
+        client = self.client(server, requests_per_minute=1, use_cache=True)
+        client.generate("q", 2)
+        slept = len(self.clock.slept)
+        client.generate("q", 2)
+        self.assertEqual((len(server.requests), len(self.clock.slept)), (2, slept))
 
     def test_a_call_that_is_over_does_not_wait_for_its_turn(self):
         self.clock.sleep = until_cancelled

@@ -17,6 +17,7 @@ import unittest
 import warnings
 
 from tests import rollouts
+from tests.case import Case, environment
 from tests.server import Gate, Reply, Server, by_seed, chat
 
 RolloutsClient = rollouts.RolloutsClient
@@ -30,7 +31,6 @@ from tests import rollouts
 settings = json.loads(sys.argv[1])
 client = rollouts.RolloutsClient("m", progress_bar=False, **settings)
 """
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CALLS = {
     "generate": 'client.generate("q", 20)',
     "generate_many": 'client.generate_many(["q"], 20)',
@@ -39,54 +39,20 @@ CALLS = {
 POSIX = unittest.skipUnless(os.name == "posix", "needs POSIX signals and processes")
 
 
-class Processes(unittest.TestCase):
+class Processes(Case):
     """A server here, and scripts in processes of their own."""
 
-    def setUp(self):
-        self.directory = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
-        self.cache = os.path.join(self.directory, "cache")
-
-    def serve(self, script=by_seed):
-        server = Server(script)
-        self.addCleanup(server.__exit__)
-        if isinstance(script, Gate):
-            self.addCleanup(script.open)
-        return server
-
-    def settings(self, server, **settings):
-        return {"base_url": server.url, "cache_dir": self.cache, **settings}
-
-    def start(self, server, script, **settings):
-        """Start a process that runs *script*."""
-        path = os.path.join(self.directory, f"script_{len(os.listdir(self.directory))}.py")  # a new one each time
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(HEAD + script)
-        # The tests' own directory and module, wherever they were imported from.
-        roots = [os.path.dirname(os.path.abspath(rollouts.__file__)), ROOT]
-        process = subprocess.Popen(
-            [sys.executable, path, json.dumps(self.settings(server, **settings))], cwd=self.directory,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(roots))},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.addCleanup(self.end, process)
-        return process
-
-    def end(self, process):
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    def start_script(self, server, script, **settings):
+        """Start a process that runs *script* with a client for *server*."""
+        settings = {"base_url": server.url, "cache_dir": self.cache_dir, **settings}
+        return self.start_python(HEAD + script, json.dumps(settings), text=False, encoding=None)
 
     def run_script(self, server, script, **settings):
         """What *script* prints."""
-        process = self.start(server, script, **settings)
+        process = self.start_script(server, script, **settings)
         output, errors = process.communicate(timeout=30)
         self.assertEqual((process.returncode, errors.decode()), (0, ""))
         return output.decode()
-
-    def client(self, server, **settings):
-        client = RolloutsClient("m", progress_bar=False, **self.settings(server, **settings))
-        self.addCleanup(client.close)
-        return client
 
     def sent_by_the_next_run(self, server, n_samples, **settings):
         """The seeds that a run from now on asks for. It is checked that it gets them all."""
@@ -104,7 +70,7 @@ class Killed(Processes):
             with self.subTest(use_cache):
                 gate = Gate(holds=lambda request: request.seed >= 37)
                 server = self.serve(gate)
-                process = self.start(server, 'client.generate("q", 100)', use_cache=use_cache, max_concurrency=8)
+                process = self.start_script(server, 'client.generate("q", 100)', use_cache=use_cache, max_concurrency=8)
                 # Who asks for the next has stored the last, so the 37 are on disk when 8 more are asked for.
                 self.assertTrue(gate.reached(37 + 8))
                 process.kill()
@@ -112,7 +78,7 @@ class Killed(Processes):
                 gate.open()
                 self.assertEqual(
                     self.sent_by_the_next_run(server, 100, use_cache=use_cache), list(range(37, 100)))
-                self.assertEqual(glob.glob(os.path.join(self.cache, "**", ".*.tmp"), recursive=True), [])
+                self.assertEqual(glob.glob(os.path.join(self.cache_dir, "**", ".*.tmp"), recursive=True), [])
 
     def test_again_and_again(self):
         """Killed at any moment, no entry is damaged, and the runs together ask for hardly more than there is."""
@@ -123,7 +89,7 @@ class Killed(Processes):
                     lambda request: Reply(**{**vars(by_seed(request)), "delay": request.seed % 7 / 500}))
                 for kills in range(4):
                     came = len(server.requests)
-                    process = self.start(server, 'client.generate("q", 200)', use_cache=use_cache, max_concurrency=4)
+                    process = self.start_script(server, 'client.generate("q", 200)', use_cache=use_cache, max_concurrency=4)
                     while len(server.requests) < came + 30 + kills and process.poll() is None:
                         time.sleep(0.001)
                     process.kill()
@@ -141,10 +107,10 @@ class Interrupted(Processes):
 
     def interrupt(self, script, **settings):
         """Run *script* until 5 of 20 samples have arrived, and interrupt it: its return code and its output."""
-        shutil.rmtree(self.cache, ignore_errors=True)
+        shutil.rmtree(self.cache_dir, ignore_errors=True)
         gate = Gate(holds=lambda request: request.seed >= 5)
         server = self.serve(gate)
-        process = self.start(server, script, max_concurrency=4, **settings)
+        process = self.start_script(server, script, max_concurrency=4, **settings)
         self.assertTrue(gate.reached(5 + 4), process.poll())
         process.send_signal(signal.SIGINT)
         begun = time.monotonic()
@@ -177,7 +143,7 @@ class Interrupted(Processes):
     def test_the_client_can_be_used_again(self):
         gate = Gate()
         server = self.serve(gate)
-        process = self.start(server, (
+        process = self.start_script(server, (
             'try:\n    client.generate("q", 20)\nexcept KeyboardInterrupt:\n    print("caught", flush=True)\n'
             'print(len(client.generate("r", 3)))'), max_concurrency=4)
         self.assertTrue(gate.reached(4))
@@ -191,7 +157,7 @@ class Interrupted(Processes):
 
     def test_in_a_backoff(self):
         server = self.serve(Reply(503, headers={"Retry-After": "300"}))
-        process = self.start(server, 'client.generate("q", 20)', max_concurrency=4)
+        process = self.start_script(server, 'client.generate("q", 20)', max_concurrency=4)
         while len(server.requests) < 1 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -218,7 +184,7 @@ asyncio.run(main())
             with self.subTest(use_cache):
                 gate = Gate()
                 server = self.serve(gate)
-                process = self.start(server, script, use_cache=use_cache, max_concurrency=4)
+                process = self.start_script(server, script, use_cache=use_cache, max_concurrency=4)
                 self.assertTrue(gate.reached(4))
                 process.stdin.write(b"\n")
                 process.stdin.flush()
@@ -233,7 +199,7 @@ asyncio.run(main())
         """In a notebook a cell is interrupted, and a later one draws: its replies are waited for again."""
         gate = Gate()
         server = self.serve(lambda request: by_seed(request) if request.seed >= 100 else gate(request))
-        process = self.start(server, """
+        process = self.start_script(server, """
 import _thread
 sys.ps1 = ">>> "  # as in every interactive session
 threading.Thread(target=lambda: (sys.stdin.readline(), _thread.interrupt_main()), daemon=True).start()
@@ -256,7 +222,7 @@ print("drawn", flush=True)
         """Ctrl-C in the program's own code, while a cancelled agenerate is in flight."""
         gate = Gate()
         server = self.serve(gate)
-        process = self.start(server, """
+        process = self.start_script(server, """
 async def main():
     task = asyncio.ensure_future(client.agenerate("q", 20))
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
@@ -277,7 +243,7 @@ sys.stdin.readline()
     def test_a_thread_that_still_draws_does_not_hold_the_exit(self):
         gate = Gate(holds=lambda request: request.seed >= 2)
         server = self.serve(gate)
-        process = self.start(server, """
+        process = self.start_script(server, """
 def draw():
     try:
         client.generate("q", 20)
@@ -330,7 +296,7 @@ print(len(client.generate("parent", 8)), len(client.generate("child", 6)), len(c
             with self.subTest(use_cache):
                 gate = Gate(holds=lambda request: request.body["messages"][0]["content"] == "parent")
                 server = self.serve(gate)
-                process = self.start(server, script, use_cache=use_cache, max_concurrency=4)
+                process = self.start_script(server, script, use_cache=use_cache, max_concurrency=4)
                 self.assertTrue(gate.reached(5 + 4))
                 process.stdin.write(b"\n")
                 process.stdin.flush()
@@ -343,7 +309,7 @@ print(len(client.generate("parent", 8)), len(client.generate("child", 6)), len(c
                     question = request.body["messages"][0]["content"]
                     counts[question] = counts.get(question, 0) + 1
                 self.assertEqual(counts, {"before": 8, "parent": 8, "child": 6, "after": 3})
-                shutil.rmtree(self.cache)
+                shutil.rmtree(self.cache_dir)
 
     def test_the_child_ends_as_a_process_does(self):
         script = """
@@ -359,7 +325,7 @@ if child:
                 self.assertEqual(self.run_script(server, script, use_cache=use_cache), "0\n")
                 self.assertEqual(set(server.seeds()), set(range(10)))
                 self.assertEqual(self.sent_by_the_next_run(server, 10, use_cache=use_cache), [])
-                shutil.rmtree(self.cache)
+                shutil.rmtree(self.cache_dir)
 
 
 def draw(client, prompt, n_samples):
@@ -386,6 +352,19 @@ class Passed(Processes):
                 self.assertNotIn("authorization", server.requests[-1].headers)
                 self.assertEqual(server.requests[-1].body["min_p"], 0.1)
         self.assertNotIn(b"very-secret", pickle.dumps(client.generate("q", 3)))
+
+    def test_its_key_comes_from_the_environment_there(self):
+        server = self.serve()
+        with environment(TOGETHER_BASE_URL=server.url, TOGETHER_API_KEY="sk-there"):
+            again = self.enter(pickle.loads(pickle.dumps(self.client(provider="together", api_key="sk-here"))))
+            again.generate("hi")
+        self.assertEqual(server.requests[0].headers["authorization"], "Bearer sk-there")
+
+    def test_a_configuration_too(self):
+        config = rollouts.Config("m", api_key="sk-secret")
+        self.assertNotIn(b"sk-secret", pickle.dumps(config))
+        self.assertIsNone(pickle.loads(pickle.dumps(config)).api_key)
+        self.assertNotIn(b"sk-secret", pickle.dumps(config.to_dict()))
 
     def test_copies_keep_the_key(self):
         server = self.serve()
@@ -429,7 +408,7 @@ for result in client.generate_many([f"q{number}" for number in range(10)], 20):
             with self.subTest(use_cache):
                 server = self.serve(lambda request: chat(f"{request.body['messages'][0]['content']} {request.seed}"))
                 processes = [
-                    self.start(server, script, use_cache=use_cache, max_concurrency=8, timeout=20) for _ in range(4)]
+                    self.start_script(server, script, use_cache=use_cache, max_concurrency=8, timeout=20) for _ in range(4)]
                 for process in processes:  # all of them find no cache yet
                     process.stdin.write(b"\n")
                     process.stdin.flush()
@@ -458,7 +437,7 @@ print(len(result), len(caught), *["could not be written" in str(warning.message)
         for use_cache, limit in (("json", 200), ("sql", 8192)):
             with self.subTest(use_cache):
                 server = self.serve()
-                settings = {"use_cache": use_cache, "cache_dir": os.path.join(self.cache, use_cache)}
+                settings = {"use_cache": use_cache, "cache_dir": os.path.join(self.cache_dir, use_cache)}
                 output = self.run_script(server, script.replace("MOST", str(limit)), **settings)
                 self.assertEqual(output, "4 1 True\n")
                 with warnings.catch_warnings():

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, Callable, Iterator, List, Optional
 
 from tests import rollouts
+from tests.case import PATIENCE, ROOT, Case
 from tests.server import Reply, Request, Server, by_seed, chat
 
 try:
@@ -27,8 +28,6 @@ try:
 except ImportError:  # Windows
     pty = None  # type: ignore[assignment]
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PATIENCE = 10.0  # seconds until a test is given up
 
 # The script of the process that is watched: its clock stands still until the file "go" is there.
 SCRIPT = """
@@ -38,17 +37,15 @@ if sys.stdin.isatty():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there reaches us
 from tests import rollouts
 
-class Clock:
-    time = 0.0
-    def now(self): return self.time
-    def random(self): return 0.5
-    def sleep(self, seconds, is_cancelled):
-        while seconds > 5 and not os.path.exists("go") and not is_cancelled():
-            time.sleep(0.02)
-        self.time += seconds
+from tests.case import Clock, eventually
 
-import time
-rollouts._clock = Clock()
+class Still(Clock):
+    def sleep(self, seconds, is_cancelled):
+        if seconds > 5:
+            eventually(lambda: os.path.exists("go") or is_cancelled())
+        super().sleep(seconds, is_cancelled)
+
+rollouts._clock = Still(0.5)
 os.chdir(sys.argv[2])
 client = rollouts.RolloutsClient("m", base_url=sys.argv[1], cache_dir=sys.argv[2])
 exec(sys.argv[3])
@@ -152,9 +149,7 @@ class Watched:
         else:
             self.terminal, end = pty.openpty()
             fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        variables = {
-            name: value for name, value in os.environ.items()
-            if not name.upper().endswith(("_API_KEY", "_PROXY")) and name not in ("COLUMNS", "LINES")}
+        variables = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         # The output goes elsewhere, as with "python script.py > answers.txt": the width is that of stderr.
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", SCRIPT, server.url, directory, code], cwd=ROOT, env=variables,
@@ -209,13 +204,13 @@ class Watched:
         os.close(self.terminal)
 
 
-class Case(unittest.TestCase):
+class Watching(Case):
     @contextlib.contextmanager
     def watched(
         self, script: Callable[[Request], Reply], code: str, columns: Optional[int] = None
     ) -> Iterator[Watched]:
-        with tempfile.TemporaryDirectory() as directory, Server(script) as server:
-            watched = Watched(server, directory, code, columns)
+        with tempfile.TemporaryDirectory() as directory:
+            watched = Watched(self.serve(script), directory, code, columns)
             try:
                 yield watched
             finally:
@@ -228,7 +223,7 @@ class Case(unittest.TestCase):
 
 
 @unittest.skipIf(pty is None, "there are no pseudo-terminals here")
-class Terminal(Case):
+class Terminal(Watching):
     def test_one_line_that_is_gone_when_done(self) -> None:
         for columns, shown in (
             (80, Twenty.SHOWN),
@@ -268,11 +263,11 @@ class Terminal(Case):
         refused = threading.Event()
 
         def script(request: Request) -> Reply:
-            return Reply(404, wait=refused) if request.seed == 2 else chat()
+            return Reply(404, wait=refused)
 
         code = "try:\n    client.generate('hi', 3)\nexcept rollouts.APIError:\n    print('refused', file=sys.stderr)"
         with self.watched(script, code, 80) as watched:
-            watched.until("2/3")
+            watched.until("0/3")
             refused.set()
             watched.result()
             self.assertEqual(watched.screen.lines, ["refused"])
@@ -288,7 +283,7 @@ class Terminal(Case):
     def test_nothing_where_nothing_is_to_be_seen(self) -> None:
         """A single sample, a full cache, progress_bar=False at the client or at the call."""
         code = """
-rollouts._REDRAW = 0.01
+rollouts._Terminal.interval = 0.01
 client.generate("a")
 client.generate_many(["b"])
 client.generate("c", 4, progress_bar=False)
@@ -380,7 +375,7 @@ print("done")
 
 
 @unittest.skipUnless(pty, "needs a pseudo-terminal")
-class Stopped(unittest.TestCase):
+class Stopped(Case):
     def test_a_terminal_that_is_stopped_stops_no_request(self):
         """As after Ctrl-S: nobody reads what is drawn, and soon no more can be written."""
         came = threading.Event()
@@ -391,7 +386,7 @@ class Stopped(unittest.TestCase):
             return replace(by_seed(request), delay=0.01)
 
         code = (
-            "import sys, rollouts\nrollouts._REDRAW = 0.0001\n"  # private: else it takes a minute to fill up
+            "import sys, rollouts\nrollouts._Terminal.interval = 0.0001\n"  # private: else it takes a minute to fill up
             "client = rollouts.RolloutsClient('m', base_url=sys.argv[1], use_cache=False, max_concurrency=4)\n"
             "client.generate('q', 400)")
         terminal, end = pty.openpty()
@@ -406,10 +401,10 @@ class Stopped(unittest.TestCase):
                 process.wait()
 
 
-class Log(Case):
+class Log(Watching):
     def test_plain_lines(self) -> None:
         twenty = Twenty()
-        with self.watched(twenty, "rollouts._LOG_LINE = 0.1\n" + TWENTY) as watched:
+        with self.watched(twenty, "rollouts._Log.interval = 0.1\n" + TWENTY) as watched:
             watched.until(*Twenty.SHOWN)
             self.assertEqual(self.release(watched, twenty), "19 1")
         self.assertNotIn("\r", watched.text)
@@ -428,14 +423,14 @@ class Log(Case):
     def test_no_stderr_at_all(self) -> None:
         """As under pythonw, or when it was closed."""
         for lost in ("sys.stderr = None", "sys.stderr.close()", "os.close(2)"):
-            code = f"rollouts._LOG_LINE = 0.01\n{lost}\nprint(len(client.generate('hi', 20, verbose=True)))"
+            code = f"rollouts._Log.interval = 0.01\n{lost}\nprint(len(client.generate('hi', 20, verbose=True)))"
             with self.subTest(lost), self.watched(lambda request: chat(), code) as watched:
                 self.assertEqual(watched.result(), "20")
 
 
 @unittest.skipUnless(
     importlib.util.find_spec("ipykernel") and importlib.util.find_spec("jupyter_client"), "there is no Jupyter here")
-class Notebook(unittest.TestCase):
+class Notebook(Case):
     def test_a_line_that_redraws(self) -> None:
         twenty, text = Twenty(), ""
         with contextlib.ExitStack() as stack:
@@ -497,7 +492,7 @@ class Notebook(unittest.TestCase):
         self.assertEqual(screen.lines, [])
 
 
-class Formatted(unittest.TestCase):
+class Formatted(Case):
     """The pure function behind the line; private, but there is no other way to see a slow run."""
 
     def line(self, elapsed: float = 10.0, width: int = 200, **counts: Any) -> str:

@@ -15,8 +15,8 @@ import unittest
 from unittest import mock
 
 from tests import rollouts
+from tests.case import Case, Clock
 from tests.server import Reply, Request, Server, chat
-from tests.test_pacing import Clock
 
 README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
 MODEL = "qwen/qwen3-30b-a3b"
@@ -28,6 +28,8 @@ def think(request: Request) -> Reply:
     last = request.body["messages"][-1]
     if last["role"] == "user":
         return chat(f"It is 4 ({request.body.get('seed')}).", message={"reasoning": THOUGHT})
+    if last["content"].endswith("6, 7,"):  # check_injection's forced answer
+        return chat(" 8, 9")
     if last["content"].endswith("2 x 4 ="):
         return chat("Paris.", message={"reasoning": " 8."})
     if last["content"].endswith("10*5="):
@@ -35,26 +37,20 @@ def think(request: Request) -> Reply:
     return chat("4")
 
 
-class Example(unittest.TestCase):
+class Example(Case):
     """A scripted server that the environment names, an empty directory, and quiet output."""
 
     def setUp(self) -> None:
-        def use(manager):
-            value = manager.__enter__()
-            self.addCleanup(manager.__exit__, None, None, None)
-            return value
-
-        self.server = use(Server(think))
-        self.directory = use(tempfile.TemporaryDirectory())
+        super().setUp()
+        self.server = self.serve(think)
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_BASE_URL"))},
-            "OPENROUTER_BASE_URL": self.server.url, "OPENROUTER_API_KEY": "a-key", "TOGETHER_API_KEY": "another-key",
+            **os.environ, "OPENROUTER_BASE_URL": self.server.url, "OPENROUTER_API_KEY": "a-key", "TOGETHER_API_KEY": "another-key",
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
             "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONUTF8": "1"}
-        use(mock.patch.dict(os.environ, self.environment, clear=True))
-        use(mock.patch.dict(sys.modules, {"rollouts": rollouts}))
-        self.output = use(contextlib.redirect_stdout(io.StringIO()))
-        self.errors = use(contextlib.redirect_stderr(io.StringIO()))
+        self.enter(mock.patch.dict(os.environ, self.environment, clear=True))
+        self.enter(mock.patch.dict(sys.modules, {"rollouts": rollouts}))
+        self.output = self.enter(contextlib.redirect_stdout(io.StringIO()))
+        self.errors = self.enter(contextlib.redirect_stderr(io.StringIO()))
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.directory)
 

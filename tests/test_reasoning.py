@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 from unittest import mock
 
 from tests import rollouts
+from tests.case import Case, environment
 from tests.server import Reply, Request, Server, chat, delta, events
 
 RolloutsClient = rollouts.RolloutsClient
@@ -20,18 +21,29 @@ ANSWER = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content"
 NASTY = "<think>\n  Hm,\t\"2 x 4\" … \\boxed{é} 🦊\r\n\n is\n\n"
 
 
-class Outgoing(unittest.TestCase):
+# The message that "<think>\na" becomes where the thought does not stand in the text, by the way of asking.
+IN_A_FIELD: Dict[str, Dict[str, Any]] = {
+    "prefix": {"role": "assistant", "content": "", "reasoning_content": "a", "prefix": True},
+    "reasoning_content": {"role": "assistant", "content": "", "reasoning_content": "a"},
+    "reasoning": {"role": "assistant", "content": "", "reasoning": "a"},
+    "thinking": {"role": "assistant", "prefix": True, "content": [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "a"}], "closed": False}]},
+}
+
+
+class Outgoing(Case):
     """The request that a prompt becomes, as the server sees it."""
 
+    settings = {"use_cache": False, "api_key": "k", "max_retries": 0}
+
     def setUp(self) -> None:
-        self.server = Server(lambda request: chat("8")).__enter__()
-        self.addCleanup(self.server.__exit__)
+        super().setUp()
+        self.server = self.serve(lambda request: chat("8"))
 
     def sent(self, prompt: Any, model: str = "qwen/qwen3-30b-a3b", **settings: Any) -> Request:
         """The one request for a sample of *prompt*."""
         before = len(self.server.requests)
-        settings = {"base_url": self.server.url, "use_cache": False, "api_key": "k", "max_retries": 0, **settings}
-        with RolloutsClient(model, **settings) as client:
+        with self.client(self.server, model, **settings) as client:
             client.generate(prompt)
         (request,) = self.server.requests[before:]
         return request
@@ -81,8 +93,6 @@ class Outgoing(unittest.TestCase):
              {"role": "assistant", "content": NASTY}],
             [{"role": "user", "content": parts, "name": "me"},
              {"role": "assistant", "content": "Sure.\n<think>a<think>"}],
-            [{"role": "user", "content": "Q"},
-             {"role": "assistant", "content": [{"type": "text", "text": "<think>a"}]}],
             [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
              {"role": "user", "content": "Again"}],
         ):
@@ -91,22 +101,33 @@ class Outgoing(unittest.TestCase):
                 self.assertEqual(self.sent(messages).body["messages"], messages)
                 self.assertEqual(messages, copy)
 
+    def test_an_injection_in_parts_is_sent_as_one_text(self) -> None:
+        """llama.cpp would put two line breaks between them (observed)."""
+        parts = [{"type": "text", "text": "<think>a"}, {"type": "text", "text": " and b"}]
+        messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": parts}]
+        self.assertEqual(self.sent(messages).body["messages"][-1]["content"], "<think>a and b")
+        self.assertEqual(messages[-1]["content"], parts)
+
     def test_each_provider_has_its_dialect(self) -> None:
         flags = {"continue_final_message": True, "add_generation_prompt": False}
+        trailing = {"role": "assistant", "content": "<think>\na"}
         told: Dict[Optional[str], Tuple[Dict[str, Any], Dict[str, Any]]] = {
-            None: ({}, {}),
+            None: (trailing, {}),
             **dict.fromkeys((
                 "openrouter", "fireworks", "together", "novita", "deepinfra", "groq", "cerebras", "sambanova",
-                "hyperbolic", "anthropic", "llamacpp", "ollama", "lmstudio"), ({}, {})),
-            **dict.fromkeys(("vllm", "sglang", "nebius"), ({}, flags)),
-            **dict.fromkeys(("mistral", "deepseek"), ({"prefix": True}, {})),
+                "hyperbolic", "anthropic", "ollama", "lmstudio"), (trailing, {})),
+            **dict.fromkeys(("vllm", "sglang", "nebius"), (trailing, flags)),
+            "deepseek": (IN_A_FIELD["prefix"], {}),
+            "mistral": (IN_A_FIELD["thinking"], {}),
+            "llamacpp": (IN_A_FIELD["reasoning_content"], {}),
+            "moonshot": ({**trailing, "partial": True}, {}),
         }
-        question, injection = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "<think>\na"}
-        for provider, (in_message, in_body) in told.items():
-            for prompt in ("Q\n<think>\na", [question, injection]):
+        question = {"role": "user", "content": "Q"}
+        for provider, (message, in_body) in told.items():
+            for prompt in ("Q\n<think>\na", [question, trailing]):
                 with self.subTest(provider=provider, prompt=prompt):
                     body = self.sent(prompt, provider=provider).body
-                    self.assertEqual(body["messages"], [question, {**injection, **in_message}])
+                    self.assertEqual(body["messages"], [question, message])
                     self.assertEqual({name: body[name] for name in flags if name in body}, in_body)
             with self.subTest(provider=provider, prompt="no injection"):
                 body = self.sent("Q", provider=provider).body
@@ -114,16 +135,17 @@ class Outgoing(unittest.TestCase):
                 self.assertFalse(set(flags) & set(body))
 
     def test_prefill_overrides_the_dialect(self) -> None:
-        for prefill, in_message, in_body in (
-            ("trailing", {}, {}),
-            ("prefix", {"prefix": True}, {}),
-            ("partial", {"partial": True}, {}),
-            ("continue_final_message", {}, {"continue_final_message": True, "add_generation_prompt": False}),
+        trailing = {"role": "assistant", "content": "<think>\na"}
+        for prefill, message, in_body in (
+            ("trailing", trailing, {}),
+            ("partial", {**trailing, "partial": True}, {}),
+            ("continue_final_message", trailing, {"continue_final_message": True, "add_generation_prompt": False}),
+            *((prefill, message, {}) for prefill, message in IN_A_FIELD.items()),
         ):
             for provider in (None, "vllm", "mistral", "openrouter"):  # a vLLM behind a proxy is still a vLLM
                 with self.subTest(prefill=prefill, provider=provider):
                     body = self.sent("Q\n<think>\na", provider=provider, prefill=prefill).body
-                    self.assertEqual(body["messages"][-1], {"role": "assistant", "content": "<think>\na", **in_message})
+                    self.assertEqual(body["messages"][-1], message)
                     self.assertEqual(
                         {name: value for name, value in body.items() if name.startswith(("continue_", "add_g"))},
                         in_body)
@@ -324,8 +346,10 @@ TABLE = (
     Row("Novita, separate_reasoning", QUESTION, {"reasoning_content": "Twice four.", "content": "8"}, "Twice four.",
         "8", provider="novita"),
     Row("an empty thought", QUESTION, {"content": "<think>\n\n</think>\n\n8"}, None, "8"),  # Qwen3, not thinking
-    Row("words before the thought", QUESTION, {"content": "Well. <think>Twice four.</think>8"}, "Twice four.",
-        "Well. 8"),
+    Row("words before the thought", QUESTION, {"content": "Well.\n<think>Twice four.</think>8"}, "Twice four.",
+        "Well.\n8"),
+    Row("a thought that is mentioned", QUESTION, {"content": "Well. <think>Twice four.</think>8"}, None,
+        "Well. <think>Twice four.</think>8"),
     Row("words about a tag", QUESTION, {"content": "HTML has no <think> tag."}, None, "HTML has no <think> tag."),
     Row("a parser that missed the tag", QUESTION, {"reasoning": "Twice four.\n</think>\n\n8", "content": None},
         "Twice four.", "8"),
@@ -485,7 +509,7 @@ def files_below(directory: str) -> Dict[str, bytes]:
     return found
 
 
-class Incoming(unittest.TestCase):
+class Incoming(Case):
     """Every shape of reply reads into the same Response, streamed or not, fresh or from the cache."""
 
     def test_the_table_is_long_enough_and_names_every_server(self) -> None:
@@ -502,24 +526,23 @@ class Incoming(unittest.TestCase):
                 return streamed(row.message, row.finish_reason)
             return chat(finish_reason=row.finish_reason, message=row.message)
 
-        with Server(play) as server, tempfile.TemporaryDirectory() as directory:
-            for number, row in enumerate(TABLE):
-                with self.subTest(server=row.server, prompt=row.prompt, message=row.message):
-                    caches = [os.path.join(directory, f"{number}-{way}") for way in ("unstreamed", "streamed")]
-                    settings = {"base_url": server.url, "provider": row.provider, "api_key": "k", "max_retries": 0}
-                    with RolloutsClient("m", **settings) as client:
-                        whole, pieces, again = (
-                            client.generate(row.prompt, stream=stream, cache_dir=cache_dir)[0]
-                            for stream, cache_dir in zip((False, True, True), (*caches, caches[0])))
-                    self.assertEqual(
-                        (whole.reasoning, whole.content, whole.completed_reasoning, whole.finish_reason),
-                        (row.reasoning, row.content, row.completed, row.finish_reason))
-                    self.assertEqual(whole.full, self.full_of(row))
-                    self.assertEqual(pieces, whole)
-                    self.assertEqual((again, again.cached, whole.cached), (whole, True, False))
-                    entries, streamed_entries = map(files_below, caches)
-                    self.assertEqual(streamed_entries, entries)
-                    self.assertEqual(len(entries), 2)  # the request, and the response
+        server = self.serve(play)
+        for number, row in enumerate(TABLE):
+            with self.subTest(server=row.server, prompt=row.prompt, message=row.message):
+                caches = [os.path.join(self.directory, f"{number}-{way}") for way in ("unstreamed", "streamed")]
+                with self.client(server, provider=row.provider, api_key="k", max_tokens=9, max_retries=0) as client:
+                    whole, pieces, again = (
+                        client.generate(row.prompt, stream=stream, cache_dir=cache_dir)[0]
+                        for stream, cache_dir in zip((False, True, True), (*caches, caches[0])))
+                self.assertEqual(
+                    (whole.reasoning, whole.content, whole.completed_reasoning, whole.finish_reason),
+                    (row.reasoning, row.content, row.completed, row.finish_reason))
+                self.assertEqual(whole.full, self.full_of(row))
+                self.assertEqual(pieces, whole)
+                self.assertEqual((again, again.cached, whole.cached), (whole, True, False))
+                entries, streamed_entries = map(files_below, caches)
+                self.assertEqual(streamed_entries, entries)
+                self.assertEqual(len(entries), 2)  # the request, and the response
         self.assertEqual(len(server.requests), 2 * len(TABLE))
 
     @staticmethod
@@ -538,15 +561,15 @@ class Incoming(unittest.TestCase):
         ):
             with self.subTest(response=response):
                 self.assertEqual(response.full, full)
-                self.assertNotIn("full", response.to_dict())
+                self.assertEqual(response.to_dict()["full"], full)
 
     def test_a_thought_that_was_cut_off_comes_back_from_both_caches(self) -> None:
         for use_cache in ("json", "sql"):
-            with self.subTest(use_cache=use_cache), tempfile.TemporaryDirectory() as cache_dir:
-                with Server(chat(" Twice fo", "length")) as server:
-                    with RolloutsClient("m", base_url=server.url, cache_dir=cache_dir, use_cache=use_cache) as client:
-                        first, second = client.generate(OPEN)[0], client.generate(OPEN)[0]
-                    self.assertEqual(len(server.requests), 1)
+            with self.subTest(use_cache=use_cache):
+                server = self.serve(chat(" Twice fo", "length"))
+                client = self.client(server, use_cache=use_cache, max_tokens=9)
+                first, second = client.generate(OPEN)[0], client.generate(OPEN)[0]
+                self.assertEqual(len(server.requests), 1)
                 self.assertEqual(
                     (first.reasoning, first.content, first.completed_reasoning, first.finish_reason),
                     (" Twice fo", "", False, "length"))
@@ -556,18 +579,29 @@ class Incoming(unittest.TestCase):
 
 # -- check_injection -------------------------------------------------------------------------------
 
-# The sum in the probe; what comes before it is the library's own affair.
-SUM = "2 x 4 ="
+# How the two probes end; what comes before is the library's own affair.
+SUM, ROW = "2 x 4 =", "6, 7,"
 
 
-class CheckInjection(unittest.TestCase):
-    """A yes or no for this model at this provider, with one cheap request."""
+def is_open(request: Request) -> bool:
+    """Whether the probe's thought is left open; else it is closed, and an answer is forced."""
+    return SUM in str(request.body["messages"][-1])
 
-    def check(self, script: Any, model: str = "m", **settings: Any) -> Tuple[bool, Sequence[Request]]:
-        with Server(script) as server, tempfile.TemporaryDirectory() as cache_dir:
-            settings = {"base_url": server.url, "api_key": "k", "max_retries": 0, "cache_dir": cache_dir, **settings}
-            with RolloutsClient(model, **settings) as client:
-                return client.check_injection(), server.requests
+
+class CheckInjection(Case):
+    """A yes or no for this model at this provider, with cheap requests: an open thought, then a forced answer."""
+
+    settings = {"api_key": "k", "max_retries": 0}
+
+    def check(self, script: Any, model: str = "m", forced: Any = " 8, 9", **settings: Any) -> Tuple[bool, Any]:
+        """What it finds where *script* answers the open thought, and *forced* is the answer that is forced."""
+        def answer(request: Request) -> Reply:
+            if not is_open(request):
+                return forced if isinstance(forced, Reply) else chat(forced)
+            return script(request) if callable(script) else script
+
+        server = self.serve(answer)
+        return self.client(server, model, **settings).check_injection(), server.requests
 
     def test_yes(self) -> None:
         for name, message in (
@@ -584,7 +618,7 @@ class CheckInjection(unittest.TestCase):
             with self.subTest(name):
                 injects, requests = self.check(chat(message=message, finish_reason="length"))
                 self.assertIs(injects, True)
-                self.assertEqual(len(requests), 1)
+                self.assertEqual(len(requests), 2)
 
     def test_no(self) -> None:
         for name, message in (
@@ -600,17 +634,40 @@ class CheckInjection(unittest.TestCase):
             ("nothing", {"content": ""}),
         ):
             with self.subTest(name):
-                injects, requests = self.check(chat(message=message, finish_reason="length"))
+                injects, requests = self.check(chat(message=message, finish_reason="length"), forced="Paris.")
                 self.assertIs(injects, False)
-                self.assertEqual(len(requests), 1)
+                self.assertEqual(len(requests), 2)
+
+    def test_where_one_of_the_two_goes_on_a_warning_says_which(self) -> None:
+        for thought, forced, words in (
+            (" 8. Now", "Paris.", "continues an open thought, but not a forced answer"),
+            ("The capital is Paris.", " 8, 9", "continues a forced answer, but not an open thought"),
+        ):
+            with self.subTest(words), self.assertWarnsRegex(UserWarning, words):
+                self.assertIs(self.check(chat(thought), forced=forced)[0], False)
+
+    def test_a_forced_answer_goes_on(self) -> None:
+        for name, message, expected in (
+            ("at once", {"content": "8, 9"}, True),
+            ("after a space", {"content": " 8, 9, 10"}, True),
+            ("with a thought of its own", {"reasoning": "Okay, I count.", "content": "8, 9"}, False),
+            ("afresh", {"content": "Paris."}, False),
+            ("in the field of thoughts", {"content": None, "reasoning": " 8, 9"}, True),  # as vLLM's parsers do
+            ("from the beginning", {"content": "1, 2, 3"}, False),
+        ):
+            with self.subTest(name), self.warned() as warned:
+                self.assertIs(self.check(chat(" 8"), forced=chat(message=message))[0], expected)
+            self.assertEqual(len(warned), 0 if expected else 1)
 
     def test_echoes(self) -> None:
         """An echo is neither a yes nor a no: what follows it is."""
 
         def reply(request: Request) -> Reply:
-            injected = request.body["messages"][-1]["content"]
-            bare = injected.replace("<think>", "").lstrip() + after
-            message = {"whole": {"content": injected + after}, "bare": {"content": bare}, "split": {"reasoning": bare}}
+            content = request.body["messages"][-1]["content"]
+            if isinstance(content, list):  # Mistral's part
+                content = "<think>\n" + content[0]["thinking"][0]["text"]
+            bare = content.replace("<think>", "").lstrip() + after
+            message = {"whole": {"content": content + after}, "bare": {"content": bare}, "split": {"reasoning": bare}}
             return chat(None, "length", message=message[place])
 
         for after, expected in (
@@ -618,44 +675,48 @@ class CheckInjection(unittest.TestCase):
             for place in ("whole", "bare", "split"):
                 for provider in (None, "mistral", "openrouter"):
                     with self.subTest(after=after, place=place, provider=provider):
-                        self.assertIs(self.check(reply, provider=provider)[0], expected)
+                        forced = " 8, 9" if expected else "Paris."
+                        self.assertIs(self.check(reply, forced=forced, provider=provider)[0], expected)
 
-    def test_it_is_one_cheap_request_in_the_providers_dialect(self) -> None:
-        _, (request,) = self.check(chat(" 8"), provider="vllm", max_tokens=32_000, use_cache=True)
-        self.assertLessEqual(request.body["max_tokens"], 32)
-        self.assertEqual(request.body["messages"][-1]["role"], "assistant")
-        self.assertTrue(request.body["messages"][-1]["content"].startswith("<think>"))
-        self.assertTrue(request.body["messages"][-1]["content"].endswith(SUM))
-        self.assertIs(request.body["continue_final_message"], True)
+    def test_the_requests_are_cheap_and_in_the_providers_dialect(self) -> None:
+        _, requests = self.check(chat(" 8"), provider="vllm", max_tokens=32_000, use_cache=True)
+        for request, end in zip(requests, (SUM, ROW)):
+            self.assertLessEqual(request.body["max_tokens"], 32)
+            self.assertEqual(request.body["messages"][-1]["role"], "assistant")
+            self.assertTrue(request.body["messages"][-1]["content"].startswith("<think>"))
+            self.assertTrue(request.body["messages"][-1]["content"].endswith(end))
+            self.assertIs(request.body["continue_final_message"], True)
+        self.assertEqual([is_open(request) for request in requests], [True, False])
 
     def test_it_asks_again_each_time(self) -> None:
-        with tempfile.TemporaryDirectory() as cache_dir, Server([chat(" 8"), chat("Paris")]) as server:
-            client = RolloutsClient("m", base_url=server.url, cache_dir=cache_dir)
-            self.addCleanup(client.close)
-            self.assertEqual([client.check_injection(), client.check_injection()], [True, False])
-            self.assertEqual(os.listdir(cache_dir), [])
+        client = self.client(self.serve([chat(" 8"), chat(" 8"), chat("Paris"), chat("Paris")]))
+        self.assertEqual([client.check_injection(), client.check_injection()], [True, False])
+        self.assertFalse(os.path.exists(self.cache_dir))
 
     def test_overrides_reach_the_request(self) -> None:
-        with Server(chat(" 8")) as server:
-            with RolloutsClient("m", base_url=server.url, provider="openrouter", api_key="k") as client:
-                client.check_injection(model="n", max_tokens=64)
-            environment = mock.patch.dict(os.environ, OPENROUTER_BASE_URL=server.url)
-            with environment, RolloutsClient("m", api_key="k") as client:
-                client.check_injection(provider={"only": ["nebius"]})
-            first, second = server.requests
+        server = self.serve(chat(" 8"))
+        self.client(server, provider="openrouter").check_injection(model="n", max_tokens=64)
+        with environment(OPENROUTER_BASE_URL=server.url):
+            self.client().check_injection(provider={"only": ["nebius"]})
+        first, _, second, _ = server.requests
         self.assertEqual((first.body["model"], first.body["max_tokens"]), ("n", 64))
         self.assertEqual(second.body["provider"], {"only": ["nebius"]})
 
-    def test_a_refusal_is_a_no(self) -> None:
+    def test_a_refusal_is_a_no_where_the_question_alone_is_answered(self) -> None:
         for words in (
             "This model does not support assistant message prefill. The conversation must end with a user message.",
             "Assistant response prefill is incompatible with enable_thinking.",
             "Expected last role User or Tool (or Assistant with prefix True) for serving but got assistant",
         ):
-            with self.subTest(words=words):
-                injects, requests = self.check(Reply(400, {"error": {"message": words}}))
-                self.assertIs(injects, False)
-                self.assertEqual(len(requests), 1)
+            for status in (400, 422):
+                def script(request: Request, status: int = status, words: str = words) -> Reply:
+                    if request.body["messages"][-1]["role"] == "user":
+                        return chat("Paris.")
+                    return Reply(status, {"error": {"message": words}})
+
+                with self.subTest(words=words, status=status):
+                    server = self.serve(script)
+                    self.assertIs(self.client(server).check_injection(), False)
 
     def test_a_model_that_cannot_continue_is_not_even_asked(self) -> None:
         for model, provider in (("openai/gpt-oss-20b", None), ("gemini-2.5-pro", None), ("gpt-4.1", "openai")):
@@ -668,7 +729,8 @@ class CheckInjection(unittest.TestCase):
         for status, words in ((401, "No auth credentials"), (402, "Insufficient credits"), (404, "No endpoints found"),
                               (400, "m is not a valid model ID"), (503, "overloaded")):
             with self.subTest(status=status), self.assertRaises(rollouts.APIError) as caught:
-                self.check(Reply(status, {"error": {"message": words, "code": status}}))
+                refusal = Reply(status, {"error": {"message": words, "code": status}})
+                self.check(refusal, forced=refusal)
             self.assertEqual(caught.exception.status, status)
 
 

@@ -12,10 +12,10 @@ from typing import Any, Dict, List
 from unittest import mock
 
 from tests import rollouts
+from tests.case import Case
 from tests.server import Reply, Request, Server, by_seed, chat
 
 APIError, RolloutsClient = rollouts.APIError, rollouts.RolloutsClient
-NO_WAIT = types.SimpleNamespace(now=time.monotonic, random=lambda: 0.0, sleep=lambda seconds, stop: None)
 
 QUESTION = "What is 2 x 4?"
 SENTENCES = ["Twice four.", " Hm, e.g. 2 + 2 is 4.", "\n\nSo 8.", " Wait.", "\n- 4 + 4 = 8"]
@@ -35,24 +35,16 @@ def question(request: Request) -> str:
     return [str(message["content"]) for message in request.body["messages"] if message["role"] == "user"][-1]
 
 
-class QueueTest(unittest.TestCase):
-    """A server, a cache directory, and clients that do not wait between attempts."""
+class Queue(Case):
+    """One server, and clients for it that do not wait between attempts."""
 
     def setUp(self) -> None:
-        patch = mock.patch.object(rollouts, "_clock", NO_WAIT)
-        patch.start()
-        self.addCleanup(patch.stop)
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.cache_dir = directory.name
-        self.server = Server(by_seed).__enter__()
-        self.addCleanup(self.server.__exit__)
+        super().setUp()
+        self.use_clock()
+        self.server = self.serve()
 
     def client(self, model: str = "m", **settings: Any) -> Any:
-        settings = {"base_url": self.server.url, "cache_dir": self.cache_dir, "progress_bar": False, **settings}
-        client = RolloutsClient(model, **settings)
-        self.addCleanup(client.close)
-        return client
+        return super().client(self.server, model, **settings)
 
     def taken(self) -> List[Request]:
         """The requests since the last time."""
@@ -60,7 +52,7 @@ class QueueTest(unittest.TestCase):
         return requests
 
 
-class Resample(QueueTest):
+class Resample(Queue):
     def test_each_prefix_exactly(self) -> None:
         """(sentences + 1) x n requests, and of the prefix not a space is changed."""
         results = self.client().resample(QUESTION, REASONING, 3)
@@ -234,7 +226,7 @@ class Resample(QueueTest):
         self.assertEqual(len(self.taken()), total - 7)
 
 
-class GenerateMany(QueueTest):
+class GenerateMany(Queue):
     PROMPTS = tuple(f"Question {index}" for index in range(6))
 
     def answer(self, request: Request) -> Reply:
@@ -440,7 +432,7 @@ class GenerateMany(QueueTest):
         self.assertEqual(self.taken(), [])
 
 
-class Counts(QueueTest):
+class Counts(Queue):
     def test_counts(self) -> None:
         self.server.script = lambda request: chat(("8", "9", "8", "eight")[request.seed])
         rollout = self.client().generate(QUESTION, 4)

@@ -11,10 +11,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from unittest import mock
 
 from tests import rollouts
+from tests.case import Case
 from tests.server import Reply, Request, Server, chat, delta, events
 
 APIError, RolloutsClient = rollouts.APIError, rollouts.RolloutsClient
-NO_WAIT = types.SimpleNamespace(now=time.monotonic, random=lambda: 0.0, sleep=lambda seconds, stop: None)
 DONE = b"data: [DONE]\n\n"
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
 STREAM = {"Content-Type": "text/event-stream"}
@@ -39,20 +39,18 @@ def raw(*pieces: bytes, **options: Any) -> Reply:
     return Reply(headers=dict(STREAM), pieces=pieces, **options)
 
 
-class StreamTest(unittest.TestCase):
+class Streamed(Case):
+    settings = {"stream": True, "use_cache": False, "api_key": "k", "max_retries": 3, "timeout": 60}
+
     def setUp(self) -> None:
-        patch = mock.patch.object(rollouts, "_clock", NO_WAIT)
-        patch.start()
-        self.addCleanup(patch.stop)
+        super().setUp()
+        self.use_clock()
 
     def ask(self, script: Any, prompt: Any = "What is 2 x 4?", **settings: Any) -> Tuple[Any, List[Request]]:
         """The response to *prompt*, and the requests that it took."""
-        with Server(script) as server:
-            settings = {
-                "base_url": server.url, "stream": True, "use_cache": False, "api_key": "k", "max_retries": 3,
-                "timeout": 60, **settings}
-            with RolloutsClient("m", **settings) as client:
-                return client.generate(prompt)[0], server.requests
+        server = self.serve(script)
+        with self.client(server, **settings) as client:
+            return client.generate(prompt)[0], server.requests
 
     def failure(self, script: Any, **settings: Any) -> Any:
         """The APIError that a sample ends with."""
@@ -61,7 +59,7 @@ class StreamTest(unittest.TestCase):
         return caught.exception
 
 
-class Reading(StreamTest):
+class Reading(Streamed):
     """What a stream may look like."""
 
     def assert_good(self, response: Any) -> None:
@@ -188,7 +186,7 @@ class Reading(StreamTest):
                 self.assertTrue(response.completed_reasoning)
 
     def test_a_thought_that_is_cut_off(self) -> None:
-        response, _ = self.ask(events(delta(reasoning="Twice"), delta(reasoning=" fo"), delta("length")))
+        response, _ = self.ask(events(delta(reasoning="Twice"), delta(reasoning=" fo"), delta("length")), max_tokens=9)
         self.assertEqual(
             (response.reasoning, response.content, response.completed_reasoning, response.finish_reason),
             ("Twice fo", "", False, "length"))
@@ -198,7 +196,7 @@ class Reading(StreamTest):
         self.assertEqual(len(response.content), 100_000)
 
 
-class Breaking(StreamTest):
+class Breaking(Streamed):
     """What is no whole reply is a failure, and tried again."""
 
     def assert_retried(self, *bad: Reply) -> None:
@@ -276,7 +274,7 @@ class Breaking(StreamTest):
             self.assertEqual(client.generate("Hello")[0].content, "2 x 4 = 8")
 
 
-class Deadlines(StreamTest):
+class Deadlines(Streamed):
     """The time limit of an attempt holds within a stream too."""
 
     def setUp(self) -> None:
@@ -330,7 +328,7 @@ class Deadlines(StreamTest):
             self.assertEqual(server.connections, 2)
 
 
-class Asking(StreamTest):
+class Asking(Streamed):
     """When a stream is asked for, and how."""
 
     def body(self, **settings: Any) -> Dict[str, Any]:

@@ -16,8 +16,8 @@ from dataclasses import replace
 from unittest import mock
 
 from tests import rollouts
+from tests.case import Case, environment, eventually
 from tests.server import CERTIFICATE, Reply, Server, by_seed, chat, events
-from tests.test_pacing import Clock
 
 APIError, RolloutsClient = rollouts.APIError, rollouts.RolloutsClient
 GOOD = json.dumps(chat().body).encode()
@@ -65,6 +65,9 @@ class Raw:
         with connection, contextlib.suppress(OSError):
             self.serve(self, connection)
 
+    def __enter__(self):
+        return self
+
     def __exit__(self, *_):
         self.over.set()
         for sock in (self.listener, *self.open):
@@ -91,40 +94,17 @@ def says(*pieces, pause=0.0, then="hang up"):
     return serve
 
 
-def without_proxies(**variables):
-    """The environment with no proxy in it but *variables*."""
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    return mock.patch.dict(os.environ, {**kept, **variables}, clear=True)
+class Wired(Case):
+    """What the tests over sockets share: no cache, and a clock that never really waits."""
 
-
-class Wired(unittest.TestCase):
-    """What the tests over sockets share: servers, clients, and a clock that never really waits."""
+    settings = {"use_cache": False}
 
     def setUp(self):
-        self.enter(without_proxies())
-        self.clock = Clock()
-        self.enter(mock.patch.object(rollouts, "_clock", self.clock))
-
-    def enter(self, context):
-        entered = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-        return entered
-
-    def serve(self, script=by_seed, **options):
-        server = Server(script, **options)
-        self.addCleanup(server.__exit__, None, None, None)
-        return server
+        super().setUp()
+        self.use_clock()
 
     def raw(self, serve):
-        server = Raw(serve)
-        self.addCleanup(server.__exit__, None, None, None)
-        return server
-
-    def client(self, server, **settings):
-        client = RolloutsClient("m", **{
-            "base_url": getattr(server, "url", server), "use_cache": False, "progress_bar": False, **settings})
-        self.addCleanup(client.close)
-        return client
+        return self.enter(Raw(serve))
 
     def fails(self, server, *arguments, prompt="q", **settings):
         """The APIError of a call that has but one attempt."""
@@ -553,7 +533,7 @@ class Proxy:
 class Proxies(Wired):
     def test_http_goes_through_it(self):
         proxy = self.serve()
-        with without_proxies(http_proxy=proxy.url[:-3]):
+        with environment(http_proxy=proxy.url[:-3]):
             client = self.client("http://api.invalid/v1", max_concurrency=1)
             self.assertEqual(len(client.generate("q", 3)), 3)
         self.assertEqual({request.path for request in proxy.requests}, {"http://api.invalid/v1/chat/completions"})
@@ -562,13 +542,13 @@ class Proxies(Wired):
 
     def test_its_user_and_password(self):
         proxy = self.serve()
-        with without_proxies(http_proxy=proxy.url[:-3].replace("//", "//user:word@")):
+        with environment(http_proxy=proxy.url[:-3].replace("//", "//user:word@")):
             self.client("http://api.invalid/v1").generate("q")
         self.assertEqual(proxy.requests[0].headers["proxy-authorization"], "Basic dXNlcjp3b3Jk")
 
     def test_no_proxy(self):
         server = self.serve()
-        with without_proxies(http_proxy="http://127.0.0.1:9", no_proxy="example.org,127.0.0.1"):
+        with environment(http_proxy="http://127.0.0.1:9", no_proxy="example.org,127.0.0.1"):
             self.client(server, max_retries=0).generate("q")
         self.assertEqual(len(server.requests), 1)
 
@@ -576,7 +556,7 @@ class Proxies(Wired):
         server = self.serve(tls=True)
         proxy = Proxy(server.server_address[1])
         address = self.raw(proxy).host
-        with without_proxies(https_proxy=f"http://user:word@{address}", SSL_CERT_FILE=CERTIFICATE):
+        with environment(https_proxy=f"http://user:word@{address}", SSL_CERT_FILE=CERTIFICATE):
             client = self.client(server, max_concurrency=1, max_retries=0, api_key="sk-secret")
             self.assertEqual(len(client.generate("q", 5)), 5)
         self.assertEqual(len(proxy.asked), 1)  # the tunnel is kept
@@ -590,7 +570,7 @@ class Proxies(Wired):
         for status, attempts, advice in ((407, 1, "user:password"), (403, 1, ""), (502, 3, ""), (503, 3, "")):
             with self.subTest(status=status):
                 proxy = Proxy(0, b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status)
-                with without_proxies(https_proxy=f"http://{self.raw(proxy).host}"):
+                with environment(https_proxy=f"http://{self.raw(proxy).host}"):
                     error = self.fails("https://api.invalid/v1", max_retries=2)
                 self.assertEqual(len(proxy.asked), attempts)
                 self.assertIn(str(status), error.message)
@@ -600,28 +580,28 @@ class Proxies(Wired):
         for pieces in ((), (b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 90)):
             proxy = self.raw(says(*pieces, pause=0.02, then="wait"))
             begun = time.monotonic()
-            with without_proxies(https_proxy=f"http://{proxy.host}"):
+            with environment(https_proxy=f"http://{proxy.host}"):
                 error = self.fails("https://api.invalid/v1", timeout=0.3)
             self.assertLess(time.monotonic() - begun, 5)
             self.assertIn("0.3 s", error.message)
 
     def test_a_proxy_that_cannot_be_used_is_an_api_error(self):
         for address in ("socks5://127.0.0.1:9", "http://127.0.0.1:port", "http://a..b:80"):
-            with self.subTest(address), without_proxies(http_proxy=address):
+            with self.subTest(address), environment(http_proxy=address):
                 self.fails("http://api.invalid/v1", timeout=5)
 
 
 class TLS(Wired):
     def test_certificates_of_the_environment_are_trusted(self):
         server = self.serve(tls=True)
-        with without_proxies(SSL_CERT_FILE=CERTIFICATE):
+        with environment(SSL_CERT_FILE=CERTIFICATE):
             client = self.client(server, max_concurrency=1, max_retries=0)
             self.assertEqual(len(client.generate("q", 5)), 5)
         self.assertEqual(server.connections, 1)
 
     def test_a_kept_connection_that_was_closed_is_replaced(self):
         server = self.serve(tls=True)
-        with without_proxies(SSL_CERT_FILE=CERTIFICATE):
+        with environment(SSL_CERT_FILE=CERTIFICATE):
             client = self.client(server, max_retries=0)
             client.generate("q")
             server.drop_connections()
@@ -631,7 +611,7 @@ class TLS(Wired):
     def test_a_name_that_the_certificate_does_not_have(self):
         server = self.serve(tls=True)
         look_up = socket.getaddrinfo
-        with without_proxies(SSL_CERT_FILE=CERTIFICATE), mock.patch.object(
+        with environment(SSL_CERT_FILE=CERTIFICATE), mock.patch.object(
                 socket, "getaddrinfo", lambda host, *arguments: look_up("127.0.0.1", *arguments)):
             error = self.fails(server.url.replace("localhost", "api.invalid"), max_retries=3)
         self.assertFalse(error.retryable)
