@@ -340,6 +340,8 @@ class StandIn(BaseHTTPRequestHandler):
             return "50. That is all there is to it.", "10*5 is 50."
         if begun.endswith("2 x 4 ="):
             return " 8. Now to the capital.", "Paris."
+        if begun.endswith("6, 7,"):
+            return "", " 8, 9, 10."
         word = dice.choice(WORDS)
         return f"I think of {word}.", f"{dice.choice(['Perhaps', 'Surely', 'I would say'])} {word}."
 

@@ -2542,9 +2542,12 @@ class _Progress:
             return self._tally
 
     def show(self) -> None:
-        """Bring up the line where there is something to say."""
-        with self._lock:
-            self._show()
+        """Bring up the line where there is something to say; later, where a terminal that is stopped blocks."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._show()
+            finally:
+                self._lock.release()
 
     def _show(self) -> None:
         # A single sample gets no line, unless it waits; a second one, of any call, brings it up.
@@ -2895,8 +2898,8 @@ class _Call:
 
     def is_given_up(self) -> bool:
         """Whether replies that are still on their way serve nobody: see _Sample."""
-        is_loop_closed = self.loop is not None and self.loop.is_closed()
-        return self.is_over and (self.cache is None or self.was_interrupted or is_loop_closed)
+        is_left = self.loop is not None and self.loop.is_closed() and not _is_interactive()
+        return self.is_over and (self.cache is None or self.was_interrupted or is_left)
 
     def store_found(self, index: int, found: Mapping[int, Response]) -> None:
         """Take what the cache holds of a prompt."""
@@ -3550,8 +3553,8 @@ class RolloutsClient:
 
 def _parts_of(reasoning: Any) -> list[str]:
     """The parts of a thought: its sentences, or those that the user cut."""
-    given = reasoning.reasoning if isinstance(reasoning, Response) else reasoning
-    parts = [given.rstrip()] if isinstance(given, str) else given
+    given: Any = reasoning.reasoning if isinstance(reasoning, Response) else reasoning
+    parts: Any = [given.rstrip()] if isinstance(given, str) else given
     is_list = isinstance(parts, Sequence) and all(isinstance(part, str) for part in parts)
     is_cut = is_list and (isinstance(given, str) or all(parts))
     if not is_cut or re.search(r"</?think>", "".join(parts)):

@@ -2,7 +2,7 @@
 
 A TLS server on loopback, in a process of its own, answers at once or after a second. Each contestant
 runs in a fresh interpreter, in rounds that interleave them, and the table shows the median of each
-figure and its ratio to that of the bare loop of kept `http.client` connections.
+figure and its ratio to that of the bare loop of kept `http.client` connections. Titles name the limits.
 
     --rounds N          how often each contestant runs (default 5)
     --peer NAME=PYTHON  run peer NAME (openai, litellm, aiohttp, rollouts-0.1.11) with that interpreter
@@ -338,7 +338,7 @@ def _imports(rounds):
                 if counts:
                     ours.append(time.perf_counter() - begun)
     empty = statistics.median(times.pop("pass"))
-    _table("Importing, above an empty interpreter", {
+    _table("Importing, above an empty interpreter (rollouts: at most 2.2)", {
         code: {"time": statistics.median(ours) - empty} for code, ours in times.items()}, [("ms", "time", 1e3, ".1f")])
 
 
@@ -364,12 +364,12 @@ def main():
             _table(title, figures, columns)
 
     try:
-        section("CPU: 2,000 samples at once 64, no latency, TLS",
+        section("CPU: 2,000 samples, 64 at once, no latency, TLS (rollouts: at most 1.5)",
                 ["bare", "rollouts", "rollouts_json", "rollouts_sql", "urlopen", *peers], "/v1", 2000, 64, [cpu, wall])
         figures = [wall, cpu, memory]
-        section("Wide: 500 samples at once, a second each", ["bare", "rollouts"], "/slow/v1", 500, 500, figures)
+        section("Wide: 500 samples at once, a second each (rollouts: at most 1.1)", ["bare", "rollouts"], "/slow/v1", 500, 500, figures)
         section("Wide: 200 agenerate at once, a second each", ["bare", "rollouts_async"], "/slow/v1", 200, 200, figures)
-        section("Many: 20,000 samples in one generate_many, cached", ["rollouts_many"], "/v1", 20_000, 64, figures)
+        section("Many: 20,000 samples in one generate_many, cached (at most 100 MB)", ["rollouts_many"], "/v1", 20_000, 64, figures)
         if options.only.lower() in "cached":
             print("\n**A cached sample, in microseconds**\n")
             print("| | bare | rollouts | ratio | to add one |\n|---|---:|---:|---:|---:|")

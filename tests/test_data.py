@@ -25,7 +25,8 @@ RESPONSE_FIELDS = [
     "content", "reasoning", "completed_reasoning", "finish_reason", "seed", "usage", "model", "provider", "response_id",
     "created", "cached"]
 ROLLOUTS_FIELDS = [
-    "prompt", "responses", "errors", "num_responses", "model", "temperature", "top_p", "max_tokens", "cache_dir", "at", "prefix"]
+    "prompt", "responses", "errors", "num_responses", "model", "temperature", "top_p", "max_tokens", "cache_dir",
+    "at", "prefix"]
 ERROR_FIELDS = ["message", "status", "provider", "seed", "retryable", "retry_after", "advice"]
 LETTERS = string.printable + "é中…\u2028\0😀\ud800</think>"
 
@@ -57,7 +58,8 @@ def some_rollouts(rng: random.Random) -> Rollouts:
     prompt = rng.choice([some_text(rng), [{"role": "user", "content": some_text(rng)}]])
     return Rollouts(
         prompt, responses, errors, len(responses) + len(errors), some_text(rng), rng.choice([None, rng.random()]),
-        rng.choice([None, 0.95]), rng.choice([None, 100]), rng.choice([None, ".rollouts"]))
+        rng.choice([None, 0.95]), rng.choice([None, 100]), rng.choice([None, ".rollouts"]), rng.choice([None, 0, 3]),
+        rng.choice([None, "", some_text(rng)]))
 
 
 def of(*responses: Response, errors: Optional[List[APIError]] = None) -> Rollouts:
@@ -188,7 +190,7 @@ class OneResponse(Case):
             "cached": False, "full": "a"})
 
     def test_frozen(self) -> None:
-        for value in (Usage(), Response("a"), of(Response("a"))):
+        for value in (Usage(), Response("a"), of(Response("a")), rollouts.Config("m")):
             for field in dataclasses.fields(value):
                 with self.subTest(field=field.name), self.assertRaises(dataclasses.FrozenInstanceError):
                     setattr(value, field.name, None)
@@ -202,7 +204,11 @@ class OneResponse(Case):
             verdict: str = "none"
             scale: typing.ClassVar[int] = 10
 
-        for cls in (Usage, Response, Rollouts, rollouts.Config, Marked, Judged):
+        @dataclasses.dataclass(frozen=True)
+        class Timed(Response):
+            seconds: float = 0.0
+
+        for cls in (Usage, Response, Rollouts, rollouts.Config, Marked, Judged, Timed):
             with self.subTest(cls=cls.__name__):
                 self.assertTrue(dataclasses.is_dataclass(cls))
                 names = [field.name for field in dataclasses.fields(cls)]
@@ -312,6 +318,9 @@ class AllOfThem(Case):
     def test_equality(self) -> None:
         value = of(*self.responses)
         self.assertEqual(Rollouts.from_dict(value.to_dict()), value)
+        again = Rollouts.from_dict(self.rollouts.to_dict())  # an error is equal to itself alone
+        self.assertEqual(dataclasses.replace(again, errors=self.rollouts.errors), self.rollouts)
+        self.assertEqual([error.to_dict() for error in again.errors], [e.to_dict() for e in self.rollouts.errors])
         self.assertNotEqual(of(*self.responses[1:]), of(*self.responses))
 
 

@@ -1,4 +1,4 @@
-"""Whole processes: killed, interrupted, ended, forked, pickled, and several on one cache."""
+"""Whole processes: killed, forked, pickled, and several on one cache (Ctrl-C: test_interrupt.py)."""
 
 import concurrent.futures
 import copy
@@ -8,17 +8,14 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 import unittest
 import warnings
 
 from tests import rollouts
 from tests.case import Case, environment
-from tests.server import Gate, Reply, Server, by_seed, chat
+from tests.server import Gate, Reply, by_seed, chat
 
 RolloutsClient = rollouts.RolloutsClient
 
@@ -31,11 +28,6 @@ from tests import rollouts
 settings = json.loads(sys.argv[1])
 client = rollouts.RolloutsClient("m", progress_bar=False, **settings)
 """
-CALLS = {
-    "generate": 'client.generate("q", 20)',
-    "generate_many": 'client.generate_many(["q"], 20)',
-    "agenerate": 'asyncio.run(client.agenerate("q", 20))',
-}
 POSIX = unittest.skipUnless(os.name == "posix", "needs POSIX signals and processes")
 
 
@@ -99,175 +91,6 @@ class Killed(Processes):
                     self.sent_by_the_next_run(server, 200, use_cache=use_cache)
                 self.assertLessEqual(len(server.requests), 200 + 4 * 4)
                 self.assertEqual(set(server.seeds()), set(range(200)))
-
-
-@POSIX
-class Interrupted(Processes):
-    """The server would hold the replies for a minute; Ctrl-C ends the process long before, and what arrived is kept."""
-
-    def interrupt(self, script, **settings):
-        """Run *script* until 5 of 20 samples have arrived, and interrupt it: its return code and its output."""
-        shutil.rmtree(self.cache_dir, ignore_errors=True)
-        gate = Gate(holds=lambda request: request.seed >= 5)
-        server = self.serve(gate)
-        process = self.start_script(server, script, max_concurrency=4, **settings)
-        self.assertTrue(gate.reached(5 + 4), process.poll())
-        process.send_signal(signal.SIGINT)
-        begun = time.monotonic()
-        try:
-            output, errors = process.communicate(timeout=8)
-        except subprocess.TimeoutExpired:
-            self.fail("the process goes on")
-        self.assertLess(time.monotonic() - begun, 5)
-        gate.open()
-        self.assertEqual(self.sent_by_the_next_run(server, 20, **settings), list(range(5, 20)))
-        return process.returncode, output.decode(), errors.decode()
-
-    def test_uncaught(self):
-        for name, call in CALLS.items():
-            for use_cache in ("json", "sql"):
-                with self.subTest(name, use_cache=use_cache):
-                    code, _, errors = self.interrupt(call, use_cache=use_cache)
-                    self.assertIn(code, (-signal.SIGINT, 130))
-                    self.assertEqual(errors.rstrip().splitlines()[-1], "KeyboardInterrupt")
-                    self.assertNotIn("Exception ignored", errors)
-
-    def test_caught_by_the_program(self):
-        for name, call in CALLS.items():
-            for ending in ("", "    sys.exit(3)"):
-                with self.subTest(name, ending=ending):
-                    script = f"try:\n    {call}\nexcept KeyboardInterrupt:\n    print('caught')\n{ending}"
-                    code, output, errors = self.interrupt(script)
-                    self.assertEqual((code, output, errors), (3 if ending else 0, "caught\n", ""))
-
-    def test_the_client_can_be_used_again(self):
-        gate = Gate()
-        server = self.serve(gate)
-        process = self.start_script(server, (
-            'try:\n    client.generate("q", 20)\nexcept KeyboardInterrupt:\n    print("caught", flush=True)\n'
-            'print(len(client.generate("r", 3)))'), max_concurrency=4)
-        self.assertTrue(gate.reached(4))
-        process.send_signal(signal.SIGINT)
-        self.assertEqual(process.stdout.readline(), b"caught\n")
-        gate.open()
-        output, errors = process.communicate(timeout=20)
-        self.assertEqual((process.returncode, output, errors), (0, b"3\n", b""))
-        questions = [request.body["messages"][0]["content"] for request in server.requests]
-        self.assertEqual((questions.count("q"), questions.count("r")), (4, 3))  # what was not sent is dropped
-
-    def test_in_a_backoff(self):
-        server = self.serve(Reply(503, headers={"Retry-After": "300"}))
-        process = self.start_script(server, 'client.generate("q", 20)', max_concurrency=4)
-        while len(server.requests) < 1 and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=10)
-        self.assertNotEqual(process.returncode, 0)
-        self.assertLessEqual(len(server.requests), 4)
-
-
-class Ended(Processes):
-    def test_a_normal_exit_waits_for_what_is_in_flight(self):
-        """Cancelled, an agenerate drops what was not sent; the rest is paid for, so the exit waits for it."""
-        script = """
-async def main():
-    task = asyncio.ensure_future(client.agenerate("q", 20))
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
-    task.cancel()
-    try:
-        await task
-    except asyncio.CancelledError:
-        print("cancelled", flush=True)
-asyncio.run(main())
-"""
-        for use_cache in ("json", "sql"):
-            with self.subTest(use_cache):
-                gate = Gate()
-                server = self.serve(gate)
-                process = self.start_script(server, script, use_cache=use_cache, max_concurrency=4)
-                self.assertTrue(gate.reached(4))
-                process.stdin.write(b"\n")
-                process.stdin.flush()
-                self.assertEqual(process.stdout.readline(), b"cancelled\n")
-                self.assertIsNone(process.poll())
-                gate.open()
-                output, errors = process.communicate(timeout=8)
-                self.assertEqual((process.returncode, output, errors), (0, b"", b""))
-                self.assertEqual(self.sent_by_the_next_run(server, 20, use_cache=use_cache), list(range(4, 20)))
-
-    def test_an_interrupt_of_long_ago_is_forgotten(self):
-        """In a notebook a cell is interrupted, and a later one draws: its replies are waited for again."""
-        gate = Gate()
-        server = self.serve(lambda request: by_seed(request) if request.seed >= 100 else gate(request))
-        process = self.start_script(server, """
-import _thread
-sys.ps1 = ">>> "  # as in every interactive session
-threading.Thread(target=lambda: (sys.stdin.readline(), _thread.interrupt_main()), daemon=True).start()
-try:
-    client.generate("q", 2)
-except KeyboardInterrupt:
-    client.generate("q", 2, seed=100)
-print("drawn", flush=True)
-""", max_concurrency=4)
-        self.assertTrue(gate.reached(2))
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        self.assertEqual(process.stdout.readline(), b"drawn\n")
-        gate.open()
-        self.assertEqual(process.communicate(timeout=20), (b"", b""))
-        self.assertEqual(self.sent_by_the_next_run(server, 2), [])
-
-    @POSIX
-    def test_an_interrupt_elsewhere_waits_for_nothing(self):
-        """Ctrl-C in the program's own code, while a cancelled agenerate is in flight."""
-        gate = Gate()
-        server = self.serve(gate)
-        process = self.start_script(server, """
-async def main():
-    task = asyncio.ensure_future(client.agenerate("q", 20))
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
-    task.cancel()
-    await asyncio.wait([task])
-asyncio.run(main())
-print("cancelled", flush=True)
-sys.stdin.readline()
-""", max_concurrency=4)
-        self.assertTrue(gate.reached(4))
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        self.assertEqual(process.stdout.readline(), b"cancelled\n")
-        process.send_signal(signal.SIGINT)
-        process.stdin.flush()
-        self.assertIn(process.wait(5), (-signal.SIGINT, 130))
-
-    def test_a_thread_that_still_draws_does_not_hold_the_exit(self):
-        gate = Gate(holds=lambda request: request.seed >= 2)
-        server = self.serve(gate)
-        process = self.start_script(server, """
-def draw():
-    try:
-        client.generate("q", 20)
-    except BaseException:
-        pass  # its call is over with the process
-threading.Thread(target=draw, daemon=True).start()
-sys.stdin.readline()
-""", max_concurrency=4)
-        self.assertTrue(gate.reached(2 + 4))
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        gate.open()
-        _, errors = process.communicate(timeout=20)
-        self.assertEqual((process.returncode, errors), (0, b""))
-        in_time = server.seeds()  # those that were held, and whatever went out before the exit had begun
-        self.assertEqual(in_time[:6], list(range(6)))
-        self.assertEqual(self.sent_by_the_next_run(server, 20), list(range(len(in_time), 20)))
-
-    def test_without_a_close_nothing_is_left(self):
-        server = self.serve()
-        for use_cache in ("json", "sql"):
-            with self.subTest(use_cache):
-                output = self.run_script(server, 'print(len(client.generate("q", 5)))', use_cache=use_cache)
-                self.assertEqual(output, "5\n")
 
 
 @unittest.skipUnless(hasattr(os, "fork"), "needs fork")

@@ -214,7 +214,7 @@ PIECES = (
     "≤", "\n<", "$x = 5.$", "\n(a) ", "\\end{a}", "```\n", "```py\n", "।", "؟", "｡",
 )
 
-# What a model caught in a loop may write. A quadratic implementation takes minutes for 300,000 characters.
+# What a model caught in a loop may write. A quadratic implementation takes minutes for 100,000 characters.
 ENDLESS = [*"!.?$`\"'([{\\-=*#<\n 。…aA1"] + [
     "`a", "\\[ ", "\\( ", "$ ", "( ", ".\n", "a. ", "1. ", "\n- 3", "=\n- 3", "x = 1\n- 3", "a.\n\n-\n\n",
     "```\n", "$$ x", "$a. B", "\"! ", "。*", "``a ", "\\frac", "\\end{", "and so on, etc. and then ", "5! = 120, ",
@@ -268,7 +268,7 @@ class Sentences(unittest.TestCase):
             "import json, sys\n"
             "from tests import rollouts\n"
             "for piece in json.load(sys.stdin):\n"
-            "    run = (piece * 300_000)[:300_000]\n"
+            "    run = (piece * 100_000)[:100_000]\n"
             "    for text in (run, 'It is so. ' + run + ' Then on.'):\n"
             "        assert ''.join(rollouts.split_sentences(text)) == text, piece\n")
         # The modules are found from the directory above the tests.

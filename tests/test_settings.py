@@ -1,8 +1,10 @@
 """Settings: what they take, which request they make, where the key goes."""
 
+import asyncio
 import copy
 import dataclasses
 import inspect
+import io
 import numbers
 import os
 import pathlib
@@ -236,7 +238,10 @@ class Arguments(Settings):
         for value in ("one prompt", {"role": "user", "content": "hi"}, None, 5):
             with self.subTest(prompts=value), self.assertRaisesRegex(ValueError, "^prompts takes "):
                 client.generate_many(value)
-        for value in (None, 5, "x</think>", "<think>\nx", [""], ["One.", 5], ["One.", "</think>"]):
+        for value in (
+            None, 5, "x</think>", "<think>\nx", b"One.", {"One.": 1}, rollouts.Response("4"), [""], ["One.", ""],
+            ["One.", 5], ["One.", "</think>"], ["a</thi", "nk>b"],
+        ):
             with self.subTest(reasoning=value), self.assertRaisesRegex(ValueError, "^reasoning takes "):
                 client.resample("hi", value, 2)
         for value in (5, [-1], [3], ["1"], [True], [1.0]):
@@ -418,6 +423,40 @@ class Arguments(Settings):
             self.body_of(self.client(server, **further), server, min_p=0.1, stop=None)["min_p"], 0.1
         )
 
+    def test_extra_fields_are_sent_without_a_word(self) -> None:
+        """Whatever they are called; a call's stand beside the client's, and win over them."""
+        server = self.serve()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            client = self.client(server, extra={"of_tomorrow": 1, "temprature": 2}, min_p=0.1)
+            body = self.body_of(client, server, extra={"of_tomorrow": 3, "another": {"a": None}}, top_a=0.5)
+        self.assertEqual(body, {
+            "temperature": 0.7, "top_p": 0.95, "max_tokens": 4096, "temprature": 2, "min_p": 0.1, "of_tomorrow": 3,
+            "another": {"a": None}, "top_a": 0.5})
+        self.assertEqual(client.extra, {"of_tomorrow": 1, "temprature": 2, "min_p": 0.1})
+
+    def test_an_unknown_keyword_warns_every_time(self) -> None:
+        """Python's own memory shows a text once a line; the user's filters rule all the same."""
+        server = self.serve()
+        client = self.client(server)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(2):
+                client.generate("hi", temprature=1)
+        self.assertEqual(len(caught), 2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(2):
+                client.generate("hi", wholly_unlike_them=1)
+        self.assertEqual(len(caught), 2)
+        self.assertIn("wholly_unlike_them is neither", str(caught[0].message))
+        self.assertIn("extra={", str(caught[0].message))
+        self.assertNotIn("did you mean", str(caught[0].message))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            client.generate("hi", temprature=1)
+        self.assertEqual(caught, [])
+
 
 class Wire(Settings):
     """What goes into a request, and what does not."""
@@ -554,6 +593,38 @@ class Wire(Settings):
                 self.assertEqual("stream" in body, streamed)
         self.assertTrue(self.body_of(self.client(server, stream=True), server)["stream"])
 
+    def test_stream_options(self) -> None:
+        server = self.serve(events(delta(content="fine", finish_reason="stop")))
+        client = self.client(server, stream=True)
+        self.assertEqual(self.body_of(client, server)["stream_options"], {"include_usage": True})
+        other = {"include_usage": False}
+        self.assertEqual(self.body_of(client, server, stream_options=other)["stream_options"], other)
+        without = self.client(server, stream=True, stream_options=None)
+        for body in (self.body_of(client, server, stream_options=None), self.body_of(without, server)):
+            self.assertIs(body["stream"], True)
+            self.assertNotIn("stream_options", body)
+
+    def test_no_seed(self) -> None:
+        """None sends none; the entries are numbered from 0 all the same."""
+        server = self.serve(chat())
+        for provider, name in (("together", "seed"), ("mistral", "random_seed")):
+            for of_client, of_call in (({"seed": None}, {}), ({}, {"seed": None}), ({"seed": 7}, {"seed": None})):
+                with self.subTest(provider=provider, of_client=of_client):
+                    before = len(server.requests)
+                    where = os.path.join(self.cache_dir, str(before))
+                    client = self.client(provider=provider, base_url=server.url, cache_dir=where, **of_client)
+                    first, again = client.generate("hi", 3, **of_call), client.generate("hi", 4, **of_call)
+                    self.assertEqual([response.seed for response in first], [0, 1, 2])
+                    self.assertEqual([response.seed for response in again], [0, 1, 2, 3])
+                    self.assertEqual([response.cached for response in again], [True, True, True, False])
+                    bodies = [request.body for request in server.requests[before:]]
+                    self.assertEqual(len(bodies), 4)
+                    for body in bodies:
+                        self.assertNotIn(name, body)
+                        self.assertNotIn("seed", body)
+                    client.generate("ho", seed=5)
+                    self.assertEqual(server.requests[-1].body[name], 5)
+
     def test_prefill_of_a_call(self) -> None:
         server = self.serve()
         client = self.client(server, prefill="prefix")
@@ -620,6 +691,75 @@ class Crowd:
         with self.lock:
             self.under_way -= 1
         return by_seed(request)
+
+
+class Offline(Settings):
+    """offline=True sends nothing, needs no key and raises nothing: what is cached comes back."""
+
+    ADDRESS = "http://gateway.invalid/v1"  # an address that needs a key, and that no request reaches
+
+    def drawn(self, number: int, **settings: Any) -> Server:
+        """A server that *number* samples came from, as the proxy that reaches the address."""
+        server = self.serve()
+        host, port = server.server_address[:2]
+        with environment(TOGETHER_API_KEY="sk-1", TOGETHER_BASE_URL=self.ADDRESS, http_proxy=f"http://{host}:{port}"):
+            self.client(provider="together", **settings).generate("hi", number)
+        self.assertEqual(len(server.requests), number)
+        return server
+
+    def assert_halves(self, answers: Any, cached: int, number: int) -> None:
+        self.assertEqual([(each.seed, each.cached) for each in answers], [(seed, True) for seed in range(cached)])
+        self.assertEqual([error.seed for error in answers.errors], list(range(cached, number)))
+        self.assertEqual(answers.num_responses, number)
+        for error in answers.errors:
+            self.assertIsInstance(error, APIError)
+            self.assertIn("not in the cache", str(error))
+            self.assertEqual((error.status, error.retryable), (None, False))
+
+    def test_cached_come_back_and_others_are_errors(self) -> None:
+        for use_cache in ("json", "sql"):
+            server = self.drawn(2, use_cache=use_cache)
+            with environment(TOGETHER_BASE_URL=self.ADDRESS), warnings.catch_warnings():
+                warnings.simplefilter("error")
+                online = self.client(provider="together", use_cache=use_cache)
+                offline = self.client(provider="together", use_cache=use_cache, offline=True)
+                for client, settings in ((online, {"offline": True}), (offline, {})):
+                    with self.subTest(use_cache=use_cache, settings=settings):
+                        self.assert_halves(client.generate("hi", 5, **settings), 2, 5)
+                        self.assert_halves(client.generate("hi", 2, **settings), 2, 2)
+                        self.assert_halves(client.generate("never asked", 3, **settings), 0, 3)
+                        self.assert_halves(asyncio.run(client.agenerate("hi", 5, **settings)), 2, 5)
+                        many = client.generate_many(["hi", "never asked"], 3, **settings)
+                        for answers, cached in zip(many, (2, 0)):
+                            self.assert_halves(answers, cached, 3)
+                        for answers in client.resample("hi", "One. Two.", 2, **settings):
+                            self.assert_halves(answers, 0, 2)
+            self.assertEqual(len(server.requests), 2)
+
+    def test_it_waits_for_nothing_and_a_call_may_end_it(self) -> None:
+        server = self.serve()
+        client = self.client(server, offline=True, requests_per_minute=1, progress_bar=True)
+        with mock.patch("sys.stderr", io.StringIO()) as stderr:
+            self.assert_halves(client.generate("hi", 50), 0, 50)
+        self.assertEqual((stderr.getvalue(), server.requests), ("", []))
+        self.assertEqual(self.clock.slept, [])
+        self.assertEqual(client.generate("hi", offline=False).get_contents(), ["answer 0"])
+        self.assert_halves(client.generate("hi", 2), 1, 2)
+
+    def test_where_it_makes_no_sense(self) -> None:
+        server = self.serve()
+        client = self.client(server)
+        for call in (
+            lambda: client.generate("hi", offline=True, use_cache=False),
+            lambda: client.generate_many(["hi"], offline=True, use_cache=False),
+            lambda: self.client(server, use_cache=False).generate("hi", offline=True),
+            lambda: asyncio.run(client.agenerate("hi", offline=True, use_cache=False)),
+            lambda: client.check_injection(offline=True),
+            lambda: self.client(server, offline=True).check_injection(),
+        ):
+            with self.assertRaisesRegex(ValueError, "offline"):
+                call()
+        self.assertEqual(server.requests, [])
 
 
 class Keys(Settings):
@@ -710,7 +850,10 @@ class Keys(Settings):
             client = self.client(provider="together")
             self.assertTrue(all(response.cached for response in client.generate("hi", 2)))
             with self.assertWarnsRegex(UserWarning, "1 of 3 samples failed.*no API key"):
-                self.assertEqual(len(client.generate("hi", 3)), 2)
+                some = client.generate("hi", 3)  # what is there comes back all the same
+            self.assertEqual([(each.seed, each.cached) for each in some], [(0, True), (1, True)])
+            self.assertEqual([error.seed for error in some.errors], [2])
+            self.assertRegex(str(some.errors[0]), "no API key.*TOGETHER_API_KEY")
             with self.assertRaisesRegex(APIError, "no API key"):
                 client.generate("another")
         self.assertEqual(len(server.requests), 2)
@@ -825,8 +968,10 @@ class Configuration(Settings):
                 default.max_concurrency,
                 default.max_retries,
                 default.seed,
+                default.endpoint,
+                default.offline,
             ),
-            (0.7, 0.95, 4096, True, ".rollouts", 600, 100, 10, 0),
+            (0.7, 0.95, 4096, True, ".rollouts", 600, 100, 10, 0, "chat", False),
         )
         for name in (
             "top_k",

@@ -193,7 +193,8 @@ class Interface(Case):
             (rollouts.create_client, "model preset settings", {"preset": "balanced"}),
             (rollouts.RolloutsClient.generate, "self prompt n_samples seed overrides", {"n_samples": 1, "seed": ...}),
             (rollouts.RolloutsClient.agenerate, "self prompt n_samples seed overrides", {"n_samples": 1, "seed": ...}),
-            (rollouts.RolloutsClient.generate_many, "self prompts n_samples seed overrides", {"n_samples": 1}),
+            (rollouts.RolloutsClient.generate_many, "self prompts n_samples seed overrides",
+             {"n_samples": 1, "seed": ...}),
             (rollouts.RolloutsClient.resample, "self prompt reasoning n_samples at suffix overrides",
              {"at": None, "suffix": ""}),
             (rollouts.RolloutsClient.check_injection, "self overrides", {}),
@@ -275,12 +276,38 @@ class Command(Folder):
             (("Hello",), 2, "--model"),
             (("Hello", "--model", "m", "--temperature", 1), 2, "--temperature"),
             (("Hello", "--model", "m", "-s", "temperature"), 2, "temperature"),
+            (("Hello", "--model", "m", "-s", "use_cache=sqlite"), 2, "use_cache takes"),
+            (("Hello", "--model", "m", "-s", "logprobs=true"), 2, "logprobs"),
         ):
             with self.subTest(arguments=arguments):
                 done = self.command(*arguments)
                 self.assertEqual((done.returncode, done.stdout), (code, ""))
                 self.assertIn(words, done.stderr)
                 self.assertNotIn("Traceback", done.stderr)
+
+    def test_text_where_a_setting_takes_nothing_else(self) -> None:
+        server = self.serve(chat())
+        self.assert_runs(self.command(
+            "Hello", "--model", "5", "-s", f"base_url={server.url}", "-s", "api_key=123", "-s", "cache_dir=7",
+            "-s", "seed=null"))
+        body = server.requests[0].body
+        self.assertEqual((body["model"], server.requests[0].headers["authorization"]), ("5", "Bearer 123"))
+        self.assertNotIn("seed", body)
+        self.assertTrue((self.folder / "7").is_dir())
+
+    def test_s_sets_the_model_too(self) -> None:
+        server = self.serve()
+        self.assert_runs(self.command(
+            "Hello", "--model", "m", "-s", "model=other", "-s", f"base_url={server.url}"))
+        self.assertEqual(server.requests[0].body["model"], "other")
+
+    def test_offline(self) -> None:
+        server = self.serve()
+        self.assert_runs(self.command("Hello", "--model", "m", OPENROUTER_BASE_URL=server.url))
+        done = self.command(
+            "Hello", "--model", "m", "-n", 3, "-s", "offline=true", OPENROUTER_BASE_URL=server.url)
+        self.assertEqual((done.returncode, done.stderr, len(done.stdout.splitlines())), (1, "", 1))
+        self.assertEqual(len(server.requests), 1)
 
     def test_some_samples_failed(self) -> None:
         """What came is printed, and the exit code says that it is not all."""
