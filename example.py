@@ -316,18 +316,20 @@ class StandIn(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         seed = asked["seed"] if asked.get("temperature") else 0
-        text = json.dumps([asked["messages"], seed, asked.get("temperature")])
+        messages = asked.get("messages") or [{"role": "assistant", "content": asked["prompt"]}]
+        text = json.dumps([messages, seed, asked.get("temperature")])
         dice = random.Random(hashlib.sha256(text.encode()).digest())
         time.sleep(dice.uniform(0.02, 0.1))
         if "no-such-model" in asked["model"]:
             return self.reply(400, {"error": {"code": 400, "message": f"{asked['model']} is not a valid model ID"}})
-        reasoning, content = self.think(asked["messages"], dice)
+        reasoning, content = self.think(messages, dice)
         tokens = 3 + len((reasoning + content).split())
+        said = {"message": {"role": "assistant", "content": content, "reasoning": reasoning or None}}
+        if "prompt" in asked:  # a raw completion
+            said = {"text": f"{reasoning}</think>{content}" if reasoning else content}
         return self.reply(200, {
             "id": f"stand-in-{seed}", "model": asked["model"], "provider": "stand-in", "created": int(time.time()),
-            "choices": [{
-                "index": 0, "finish_reason": "stop",
-                "message": {"role": "assistant", "content": content, "reasoning": reasoning or None}}],
+            "choices": [{"index": 0, "finish_reason": "stop", **said}],
             "usage": {
                 "prompt_tokens": 20, "completion_tokens": tokens, "total_tokens": 20 + tokens, "cost": 1e-6 * tokens}})
 

@@ -388,17 +388,53 @@ def _convert_extra(value: Mapping[str, Any]) -> dict[str, Any]:
     return dict(_json_copy(dict(value)))
 
 
+# Fields of the body that some API documents, so that none of them is taken for a misspelling.
 _BODY_FIELDS = frozenset("""
-    chat_template_kwargs enable_thinking include_reasoning logit_bias max_completion_tokens metadata
-    min_p min_tokens models plugins reasoning reasoning_effort reasoning_format repeat_penalty
-    repetition_penalty response_format route separate_reasoning service_tier session_id stop thinking
-    stream_options grammar ignore_eos echo tool_choice tools top_a transforms typical_p user verbosity""".split())
+    audio logit_bias max_completion_tokens metadata modalities parallel_tool_calls prediction
+    prompt_cache_key reasoning_effort response_format safety_identifier service_tier stop store
+    stream_options tool_choice tools user verbosity web_search_options
+""".split()) | frozenset(  # OpenAI, above; OpenRouter
+    """cache_control debug include_reasoning min_p models plugins reasoning repetition_penalty route
+    session_id top_a transforms usage
+""".split()) | frozenset(  # Fireworks, Together, Groq, Cerebras, Novita, SambaNova, DeepSeek, Mistral
+    """clear_thinking compound_custom context_length_exceeded_behavior disable_reasoning do_sample echo
+    enable_thinking ignore_eos mirostat_lr mirostat_target prompt_truncate_len random_seed raw_output
+    reasoning_format reasoning_history reasoning_split return_token_ids safe_prompt safety_model
+    separate_reasoning thinking thinking_budget top_n typical_p
+""".split()) | frozenset(  # vLLM and SGLang
+    """add_generation_prompt add_special_tokens allowed_token_ids bad_words best_of cache_salt
+    chat_template chat_template_kwargs continue_final_message custom_logit_processor custom_params
+    documents ebnf guided_choice guided_grammar guided_json guided_regex include_stop_str_in_output
+    length_penalty logits_processors lora_path min_tokens mm_processor_kwargs no_stop_trim priority
+    prompt_logprobs regex return_hidden_states return_prompt_text skip_special_tokens
+    spaces_between_special_tokens stop_regex stop_token_ids structured_outputs structural_tag
+    thinking_token_budget truncate_prompt_tokens use_beam_search
+""".split()) | frozenset(  # llama-server, Ollama, LM Studio, mlx-lm
+    """cache_prompt dry_allowed_length dry_base dry_multiplier dry_penalty_last_n
+    dry_sequence_breakers dynatemp_exponent dynatemp_range grammar grammar_lazy id_slot json_schema
+    keep_alive min_keep mirostat mirostat_eta mirostat_tau n_keep n_predict n_probs options
+    post_sampling_probs repeat_last_n repeat_penalty repetition_context_size return_tokens samplers
+    think timings_per_token top_n_sigma ttl xtc_probability xtc_threshold
+""".split())
+# What people call settings and arguments of ours, and what stands elsewhere.
 _OTHER_NAMES = {
-    "at": "resample(at=…)", "cache": "use_cache", "extra_body": "extra",
-    "max_workers": "max_concurrency", "n_samples": "generate(prompt, n_samples)",
-    "preset": "create_client(preset=…)", "retries": "max_retries", "rpm": "requests_per_minute",
-    "suffix": "resample(suffix=…)", "system": "a message of that role", "temp": "temperature",
-    "url": "base_url", "workers": "max_concurrency", "indices": "at (of resample)",
+    "allow_fallbacks": "provider={'allow_fallbacks': …}", "api_base": "base_url", "at": "resample(at=…)",
+    "cache": "use_cache", "cache_path": "cache_dir", "chunks": "resample's second argument",
+    "concurrency": "max_concurrency", "dry_run": "offline=True", "extra_body": "extra",
+    "ignore": "provider={'ignore': …}", "indices": "resample(at=…)", "k": "n_samples",
+    "key": "api_key", "max_length": "max_tokens", "max_new_tokens": "max_tokens",
+    "max_workers": "max_concurrency", "model_name": "model", "n_samples": "generate(prompt, n_samples)",
+    "num_responses": "n_samples", "num_return_sequences": "n_samples", "num_retries": "max_retries",
+    "num_samples": "n_samples", "num_workers": "max_concurrency", "only": "provider={'only': …}",
+    "order": "provider={'order': …}", "parts": "resample's second argument",
+    "positions": "resample(at=…)", "prefix": "a <think> in the prompt, or prefill",
+    "preset": "create_client(preset=…)", "quantizations": "provider={'quantizations': …}",
+    "rate_limit": "requests_per_minute", "request_timeout": "timeout", "retries": "max_retries",
+    "rpm": "requests_per_minute", "samples": "n_samples", "sentences": "resample's second argument",
+    "show_progress": "progress_bar", "sort": "provider={'sort': …}", "stop_sequences": "stop",
+    "suffix": "resample(suffix=…)", "system": "a message of that role",
+    "system_prompt": "a message of the role 'system'", "temp": "temperature", "tqdm": "progress_bar",
+    "url": "base_url", "workers": "max_concurrency",
 }
 
 
@@ -1184,7 +1220,7 @@ def _continues_equation(text: str, start: int, end: int) -> bool:
     return not re.search(_WORD, text[equals:end] + line[0])
 
 
-def _ends_sentence(text: str, start: int, match: "re.Match[str]") -> bool:
+def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
     """Whether *match* ends the sentence that began at *start*."""
     kind = match.lastgroup
     end = match.end()
@@ -1215,7 +1251,7 @@ def _ends_sentence(text: str, start: int, match: "re.Match[str]") -> bool:
     return re.compile(_EQUATION).match(text, following.start("first")) is not None
 
 
-def split_sentences(text: str) -> "list[str]":
+def split_sentences(text: str) -> list[str]:
     """Cut *text* into sentences, losing nothing: ``"".join(split_sentences(text)) == text``.
 
     A sentence ends at ``.``, ``!`` or ``?`` (with the quotes and brackets that close behind it)

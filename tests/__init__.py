@@ -4,17 +4,17 @@
 
     Settings, Requests   test_settings
     Errors, Data         test_data
-    Reasoning            test_reasoning (with Providers: how each continues a thought)
+    Reasoning            test_reasoning, test_injection (with Providers), test_reader, test_captures
     Sentences            test_sentences
     Retry, Pacing        test_pacing
     Replies              test_stream (what is whole), test_failures (what is not, and who hears of it)
     Transport            test_transport
     Progress             test_progress
     Caches               test_cache
-    Calls                test_concurrency (who shares, who waits, what ends it)
+    Calls                test_engine (one queue for all), test_concurrency (who shares, who waits, what ends it)
     Client               test_client, test_resample
     Command              test_vendoring (with the file as a whole: alone, in a package, typed)
-    all of them          test_process (killed, forked, pickled), test_readme, test_example
+    all of them          test_process (killed, forked, pickled), test_interrupt (Ctrl-C), test_readme, test_example
 
 `python -m tests.soak` and `python -m tests.benchmark` take longer, and are run by hand.
 """

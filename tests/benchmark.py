@@ -367,9 +367,11 @@ def main():
         section("CPU: 2,000 samples, 64 at once, no latency, TLS (rollouts: at most 1.5)",
                 ["bare", "rollouts", "rollouts_json", "rollouts_sql", "urlopen", *peers], "/v1", 2000, 64, [cpu, wall])
         figures = [wall, cpu, memory]
-        section("Wide: 500 samples at once, a second each (rollouts: at most 1.1)", ["bare", "rollouts"], "/slow/v1", 500, 500, figures)
+        section("Wide: 500 samples at once, a second each (rollouts: at most 1.1)",
+                ["bare", "rollouts"], "/slow/v1", 500, 500, figures)
         section("Wide: 200 agenerate at once, a second each", ["bare", "rollouts_async"], "/slow/v1", 200, 200, figures)
-        section("Many: 20,000 samples in one generate_many, cached (at most 100 MB)", ["rollouts_many"], "/v1", 20_000, 64, figures)
+        section("Many: 20,000 samples in one generate_many, cached (at most 100 MB)",
+                ["rollouts_many"], "/v1", 20_000, 64, figures)
         if options.only.lower() in "cached":
             print("\n**A cached sample, in microseconds**\n")
             print("| | bare | rollouts | ratio | to add one |\n|---|---:|---:|---:|---:|")

@@ -11,12 +11,11 @@ import sqlite3
 import tempfile
 import threading
 import unittest
-import warnings
 from unittest import mock
 
 from tests import rollouts
 from tests.case import Case, environment
-from tests.server import Reply, Server, by_seed, chat
+from tests.server import Reply, by_seed, chat
 
 RolloutsClient = rollouts.RolloutsClient
 

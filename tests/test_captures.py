@@ -50,7 +50,7 @@ def stripped(value: Any, ends: Any) -> Any:
 def differences(capture: Dict[str, Any], found: Dict[str, Any]) -> List[str]:
     """What in *found* (the fields of a response, or those of an error) is not what the capture expects."""
     expected = capture["expected"]
-    choices = expected["any_of"] if "any_of" in expected else [expected]
+    choices = expected.get("any_of", [expected])
     problems = [list(_differences(choice, capture.get("strip"), found)) for choice in choices]
     return min(problems, key=len)
 

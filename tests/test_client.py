@@ -1,23 +1,17 @@
 """The main job, end to end: n seeded responses to a prompt, blocking and not, from any server."""
 
-import asyncio
 import contextlib
 import io
 import json
-import os
-import pickle
 import re
-import tempfile
 import threading
-import time
 import unittest
 import warnings
-from typing import Any, Dict, Iterator, List
-from unittest import mock
+from typing import Any, List
 
 from tests import rollouts
-from tests.case import AsyncCase, Case, Clock, environment
-from tests.server import Reply, Request, Server, by_seed, chat
+from tests.case import Case, Clock, environment
+from tests.server import Reply, Request, by_seed, chat
 
 APIError, RolloutsClient, Usage = rollouts.APIError, rollouts.RolloutsClient, rollouts.Usage
 HUGE = 10**400  # an integer that no float holds

@@ -6,11 +6,8 @@ import contextlib
 import gc
 import glob
 import os
-import shutil
 import sys
-import tempfile
 import threading
-import time
 import unittest
 import warnings
 import weakref
@@ -18,7 +15,7 @@ from unittest import mock
 
 from tests import rollouts
 from tests.case import PATIENCE, AsyncCase, Case, Clock, LongSleeps, eventually
-from tests.server import Gate, Reply, Server, by_seed, chat
+from tests.server import Gate, Reply, by_seed, chat
 
 RolloutsClient, APIError, RolloutsError = rollouts.RolloutsClient, rollouts.APIError, rollouts.RolloutsError
 

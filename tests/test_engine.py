@@ -23,6 +23,7 @@ from unittest import mock
 from tests import rollouts
 from tests.case import AsyncCase, Case, LongSleeps, eventually
 from tests.server import CERTIFICATE, Gate, Reply, chat
+import contextlib
 
 RolloutsError = rollouts.RolloutsError
 SLICE = 0.5  # seconds between two looks of a thread that waits for a reply
@@ -188,7 +189,7 @@ class Sharing(Calls):
         gate = Gate()
         server = self.serve(gate)
         client = self.client(server)
-        
+
         async def impatient():
             return await asyncio.wait_for(client.agenerate("q", 3), 1.0)
 
@@ -314,10 +315,8 @@ class Storm(Case):
                 if chance.random() < 1 / 3:
                     await asyncio.sleep(chance.random() / 20)
                     task.cancel()
-                try:
+                with contextlib.suppress(asyncio.CancelledError):
                     check(prompt, n, await task)
-                except asyncio.CancelledError:
-                    pass
 
         async def main():
             await asyncio.wait_for(asyncio.gather(*map(adraw, range(self.TASKS))), 60)
@@ -368,7 +367,7 @@ class Patience(Case):
                         % (len(answer), answer))
 
         threading.Thread(target=serve, daemon=True).start()
-        return "127.0.0.1:{}/v1".format(listener.getsockname()[1])
+        return f"127.0.0.1:{listener.getsockname()[1]}/v1"
 
     def assert_drawn(self, url, prompt="q", **settings):
         result = self.client(url, max_retries=0, **settings).generate(prompt)

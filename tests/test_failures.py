@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 import socket
-import tempfile
 import threading
 import traceback
 import unittest
@@ -624,12 +623,12 @@ class TheKey(Failing):
             self.assertEqual((other.requests, other.connections), ([], 0))
 
     def test_one_that_ends_in_a_newline_works(self):
-        for settings, environment in (
+        for settings, _variables in (
             ({"api_key": KEY + "\n"}, {}), ({"api_key": f" {KEY}\r\n"}, {}),
             ({"provider": "together"}, {"TOGETHER_API_KEY": KEY + "\n"}),
         ):
             server = self.serve()
-            with mock.patch.dict(os.environ, environment):
+            with mock.patch.dict(os.environ, variables):
                 self.client(server, **settings).generate("q")
             self.assertEqual(server.requests[0].headers["authorization"], f"Bearer {KEY}")
 

@@ -427,7 +427,7 @@ class Check(Case):
 
     def test_neither(self) -> None:
         for settings in ({}, {"endpoint": "completions"}):
-            found, texts, _ = self.check(self.afresh, **settings)
+            found, _texts, _ = self.check(self.afresh, **settings)
             self.assertIs(found, False)
 
     def test_one_of_them_is_a_no_and_a_warning_says_which(self) -> None:
@@ -720,7 +720,7 @@ class Doubts(Case):
         def cut(seed: int) -> str:
             return text + str(seed) if seed < 3 else f"{text}8.\n</think>\n\n8"
 
-        texts, results = self.ask(cut, 5, finish_reason="length")
+        texts, _results = self.ask(cut, 5, finish_reason="length")
         self.assertEqual(len(texts), 1, texts)
         self.assertIn("3", texts[0])
         self.assertIn("max_tokens", texts[0])

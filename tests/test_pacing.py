@@ -5,11 +5,9 @@ import contextlib
 import email.utils
 import itertools
 import random
-import tempfile
 import threading
 import time
 import unittest
-from unittest import mock
 
 from tests import rollouts
 from tests.case import PATIENCE, Case, Clock, until_cancelled

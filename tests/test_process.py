@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import sys
 import time
 import unittest
 import warnings
@@ -81,7 +80,8 @@ class Killed(Processes):
                     lambda request: Reply(**{**vars(by_seed(request)), "delay": request.seed % 7 / 500}))
                 for kills in range(4):
                     came = len(server.requests)
-                    process = self.start_script(server, 'client.generate("q", 200)', use_cache=use_cache, max_concurrency=4)
+                    process = self.start_script(
+                        server, 'client.generate("q", 200)', use_cache=use_cache, max_concurrency=4)
                     while len(server.requests) < came + 30 + kills and process.poll() is None:
                         time.sleep(0.001)
                     process.kill()
@@ -231,7 +231,8 @@ for result in client.generate_many([f"q{number}" for number in range(10)], 20):
             with self.subTest(use_cache):
                 server = self.serve(lambda request: chat(f"{request.body['messages'][0]['content']} {request.seed}"))
                 processes = [
-                    self.start_script(server, script, use_cache=use_cache, max_concurrency=8, timeout=20) for _ in range(4)]
+                    self.start_script(server, script, use_cache=use_cache, max_concurrency=8, timeout=20)
+                    for _ in range(4)]
                 for process in processes:  # all of them find no cache yet
                     process.stdin.write(b"\n")
                     process.stdin.flush()

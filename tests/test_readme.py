@@ -10,13 +10,12 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import unittest
 from unittest import mock
 
 from tests import rollouts
 from tests.case import Case, Clock
-from tests.server import Reply, Request, Server, chat
+from tests.server import Reply, Request, chat
 
 README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
 MODEL = "qwen/qwen3-30b-a3b"
@@ -44,7 +43,8 @@ class Example(Case):
         super().setUp()
         self.server = self.serve(think)
         self.environment = {
-            **os.environ, "OPENROUTER_BASE_URL": self.server.url, "OPENROUTER_API_KEY": "a-key", "TOGETHER_API_KEY": "another-key",
+            **os.environ, "OPENROUTER_BASE_URL": self.server.url, "OPENROUTER_API_KEY": "a-key",
+            "TOGETHER_API_KEY": "another-key",
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
             "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONUTF8": "1"}
         self.enter(mock.patch.dict(os.environ, self.environment, clear=True))
@@ -133,8 +133,9 @@ class Readme(Example):
                 self.assertIn(name, tables)
                 row = re.search(rf"^\| `{name}` \| ([^|]*) \|", tables, re.MULTILINE)
                 if row:
+                    is_constant = default is None or isinstance(default, (bool, dict))
                     self.assertEqual(row[1], f"`{json.dumps(default)}`" if isinstance(default, str) else
-                                     f"`{default!r}`" if default is None or default in (True, {}) else f"{default:g}")
+                                     f"`{default!r}`" if is_constant else f"{default:g}")
         for kind, call in (
             (rollouts.Rollouts, lambda: rollouts.Rollouts("", [], [], 0, "m")),
             (rollouts.Response, lambda: rollouts.Response("")),

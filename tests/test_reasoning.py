@@ -4,12 +4,12 @@ import os
 import tempfile
 import unittest
 import warnings
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 from unittest import mock
 
 from tests import rollouts
 from tests.case import Case, environment
-from tests.server import Reply, Request, Server, chat, delta, events
+from tests.server import Reply, Request, chat, delta, events
 
 RolloutsClient = rollouts.RolloutsClient
 

@@ -2,14 +2,11 @@
 
 import collections
 import contextlib
-import tempfile
 import threading
 import time
-import types
 import unittest
 import warnings
 from typing import Any, Dict, List
-from unittest import mock
 
 from tests import rollouts
 from tests.case import Case
@@ -367,7 +364,8 @@ class GenerateMany(Queue):
                 self.assertEqual((good.get_contents(), fine.get_contents()),
                                  ([f"a, {seed}" for seed in range(3)], [f"b, {seed}" for seed in range(3)]))
                 self.assertEqual((len(bad), bad.num_responses), (0, 3))
-                self.assertEqual([(error.status, error.seed) for error in bad.errors], [(status, 0), (None, 1), (None, 2)])
+                self.assertEqual(
+                    [(error.status, error.seed) for error in bad.errors], [(status, 0), (None, 1), (None, 2)])
                 self.assertEqual(bad.errors[0].message, "too long")
                 self.assertIn(f"never sent, as seed 0 was refused: HTTP {status}: too long", bad.errors[2].message)
                 self.assertEqual(len([request for request in self.taken() if question(request) == "long"]), 1)

@@ -389,7 +389,8 @@ class Arguments(Settings):
             ("extra_body", "extra"),
         ):
             with self.subTest(given=given):
-                with self.assertWarnsRegex(UserWarning, f"{given} is neither a setting.*did you mean {meant}") as caught:
+                words = f"{given} is neither a setting.*did you mean {meant}"
+                with self.assertWarnsRegex(UserWarning, words) as caught:
                     body = self.body_of(client, server, **{given: 1})
                 self.assertEqual(caught.filename, __file__)  # at the line of the caller
                 self.assertEqual(body[given], 1)

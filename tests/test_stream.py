@@ -5,10 +5,8 @@ import random
 import tempfile
 import threading
 import time
-import types
 import unittest
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
-from unittest import mock
 
 from tests import rollouts
 from tests.case import Case

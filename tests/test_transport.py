@@ -16,8 +16,8 @@ from dataclasses import replace
 from unittest import mock
 
 from tests import rollouts
-from tests.case import Case, environment, eventually
-from tests.server import CERTIFICATE, Reply, Server, by_seed, chat, events
+from tests.case import Case, environment
+from tests.server import CERTIFICATE, Reply, by_seed, chat, events
 
 APIError, RolloutsClient = rollouts.APIError, rollouts.RolloutsClient
 GOOD = json.dumps(chat().body).encode()

@@ -12,16 +12,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
-import time
 import unittest
 from pathlib import Path
 from unittest import mock
 
 from tests import rollouts
 from tests.case import Case
-from tests.server import Reply, Request, Server, by_seed, chat
+from tests.server import Reply, Request, by_seed, chat
 
 FILE = Path(rollouts.__file__).resolve()
 PUBLIC = [  # what the contract lists, and nothing else
@@ -253,7 +251,8 @@ class Command(Folder):
     def test_the_prompt_from_standard_input(self) -> None:
         server = self.serve()
         self.assert_runs(self.command(
-            "-", "--model", "m", "-s", f"base_url={server.url}", "-s", "use_cache=false", stdin="Two lines,\nand “quotes”"))
+            "-", "--model", "m", "-s", f"base_url={server.url}", "-s", "use_cache=false",
+            stdin="Two lines,\nand “quotes”"))
         self.assertEqual(server.requests[0].body["messages"], [{"role": "user", "content": "Two lines,\nand “quotes”"}])
         self.assertEqual(list(self.folder.iterdir()), [])
 
