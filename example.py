@@ -324,7 +324,7 @@ class StandIn(BaseHTTPRequestHandler):
             return self.reply(400, {"error": {"code": 400, "message": f"{asked['model']} is not a valid model ID"}})
         reasoning, content = self.think(messages, dice)
         tokens = 3 + len((reasoning + content).split())
-        said = {"message": {"role": "assistant", "content": content, "reasoning": reasoning or None}}
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": content, "reasoning": reasoning or None}}
         if "prompt" in asked:  # a raw completion
             said = {"text": f"{reasoning}</think>{content}" if reasoning else content}
         return self.reply(200, {

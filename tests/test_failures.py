@@ -623,7 +623,7 @@ class TheKey(Failing):
             self.assertEqual((other.requests, other.connections), ([], 0))
 
     def test_one_that_ends_in_a_newline_works(self):
-        for settings, _variables in (
+        for settings, variables in (
             ({"api_key": KEY + "\n"}, {}), ({"api_key": f" {KEY}\r\n"}, {}),
             ({"provider": "together"}, {"TOGETHER_API_KEY": KEY + "\n"}),
         ):
