@@ -24,6 +24,8 @@ THOUGHT = "First, 2 x 2 is 4. Then I add nothing.\n\nSo it stays at 4."
 
 def think(request: Request) -> Reply:
     """A reply with a thought; after an injected one, its continuation."""
+    if "prompt" in request.body:  # a raw completion
+        return Reply(body={"choices": [{"text": "50.</think>It is 50.", "finish_reason": "stop"}], "usage": {}})
     last = request.body["messages"][-1]
     if last["role"] == "user":
         return chat(f"It is 4 ({request.body.get('seed')}).", message={"reasoning": THOUGHT})
