@@ -1003,7 +1003,11 @@ def _with_prefill(message: dict[str, Any], injection: _Injection, way: _Prefill)
     if not injection.is_open:
         thought = thought.removesuffix("\n")
     if way.thought != "thinking":
-        return {**message, "content": answer, way.thought: thought or "\n"}
+        if not answer and not injection.is_open and not way.message:
+            # llama.cpp closes the thought only before a content, which this is (observed).
+            return {**message, "content": [{"type": "text", "text": ""}], way.thought: thought}
+        thought = thought or ("\n" if injection.is_open else "")
+        return {**message, "content": answer, way.thought: thought}
     part = {
         "type": "thinking", "thinking": [{"type": "text", "text": thought}],
         "closed": not injection.is_open}
@@ -1494,17 +1498,18 @@ _LONGEST_WAIT = 600.0  # seconds; an API that asks for more has met a limit that
 _UNIX_TIME = 1e9  # a wait that is not shorter is a time: seconds since 1970, from 2001 on
 _UNIX_MILLISECONDS = 1e11  # from here on in milliseconds: as seconds it is the year 5138
 
-# Codes and types of an account that has nothing left. 1113: z.ai.
+# What an account that has nothing left is told, in codes, types and words.
 _NO_CREDIT = (
-    r"insufficient[ _](?:account[ _])?(?:quota|balance|credit|fund)|exceeded_current_quota|\b1113\b"
+    r"insufficient[ _](?:account[ _])?(?:quota|balance|credit|fund)|exceeded_current_quota"
     r"|(?:balance|credit)s? (?:is |are )?(?:insufficient|exhausted|too low)|out of credits?\b|\barrears?\b")
 # What lasts longer than minutes, as a word of a code, or next to "exceeded" in a message: after "20
 # per minute" the "200 per day" of the same sentence says only what the plan is.
-_DAILY = r"(?:per|by)[-_ ]?(?:day|week|month)|daily|monthly|weekly|today|tomorrow|86,?400 ?s"
+_DAILY = r"(?:per|by|/)[-_ ]?(?:day|week|month)|daily|monthly|weekly|86,?400 ?s|24 ?h"
 _EXCEEDED = r"exceed|reach|exhaust|used up|ran out"
-_SHORT = r"minute|second|hour"
+_SHORT = r"minute|second|(?<!24 )hour"
 _NEAR = rf"(?:(?!{_SHORT}|[.;,]\s|[()]).){{0,160}}?"
-_DAILY_LIMIT = rf"(?:{_EXCEEDED}){_NEAR}(?:{_DAILY})|(?:{_DAILY}){_NEAR}(?:{_EXCEEDED})"
+_DAY = rf"(?:{_DAILY}|today|tomorrow)"
+_DAILY_LIMIT = rf"(?:{_EXCEEDED}){_NEAR}{_DAY}|{_DAY}{_NEAR}(?:{_EXCEEDED})"
 
 
 def _is_retryable(status: int) -> bool:
@@ -1565,11 +1570,12 @@ def _why_it_lasts(status: int, error: Mapping[str, Any], words: str, wait: Optio
     source = _dict(error.get("metadata")).get("limit_source")
     fields = [error.get(name) for name in ("code", "type", "error_code", "status", "status_code")]
     kinds = " ".join(str(kind) for kind in (*fields, source, error.get("details")))
-    if re.search(_NO_CREDIT, f"{kinds} {words}", re.I):
+    if re.search(_NO_CREDIT, f"{kinds} {words}", re.I) or re.search(r"\b1113\b|billing", kinds):
         return "the account has no quota left: add credit"
-    is_daily = re.search(_DAILY, kinds, re.I) or (
-        wait is None and re.search(_DAILY, words, re.I)
-        and (re.search(_DAILY_LIMIT, words, re.I | re.S) or not re.search(_SHORT, words, re.I)))
+    is_told = wait is not None or re.search(_SHORT, kinds, re.I)
+    is_daily = re.search(_DAILY, kinds, re.I) or (not is_told and (
+        re.search(_DAILY_LIMIT, words, re.I | re.S)
+        or (re.search(_DAILY, words, re.I) and not re.search(_SHORT, words, re.I))))
     if (wait or 0) <= _LONGEST_WAIT and not (status == 429 and is_daily):
         return ""
     when = f"the API asks to wait {wait / 60:.0f} minutes" if wait else (
@@ -1593,8 +1599,8 @@ _MOST_WORDS = 1000  # characters of an API's own words in an error
 _LONGEST_REPLY = 64 * 2**20  # bytes, unpacked
 _FAILURES = ("error", "network_error", "insufficient_system_resource", "abort")  # finish reasons
 _WORD_FIELDS = (  # where APIs put their words
-    "message", "msg", "status_msg", "detail", "error_description", "error_message", "error_msg",
-    "html-message", "reason", "title")
+    "error", "errors", "title", "message", "msg", "status_msg", "detail", "error_description",
+    "error_message", "error_msg", "html-message", "reason", "description")
 _PIECES = (  # of a streamed message, what comes in pieces
     "content", "reasoning", "reasoning_content", "reasoning_details", "refusal", "tool_calls")
 
@@ -1648,10 +1654,12 @@ def _said(value: Any) -> str:
 
 
 def _plain_text(page: str) -> str:
-    """The words of an HTML page: its title stands in its body too, or else it is all there is."""
+    """The words of an HTML page: its title, unless that stands in its body too, and its body."""
     page = page[:20_000]
-    body = re.sub(r"<(style|script|head)\b.*?</\1>|<[^>]*>", " ", page, flags=re.S | re.I)
-    return "an HTML page: " + (body if body.strip() else re.sub(r"<[^>]*>", " ", page))
+    title = re.search(r"<title\b[^>]*>(.*?)</title>", page, re.S | re.I)
+    body = re.sub(r"<(style|script|title)\b.*?</\1>|<[^>]*>", " ", page, flags=re.S | re.I)
+    texts = [" ".join(text.split()) for text in (title[1] if title else "", body)]
+    return "an HTML page: " + (texts[1] if texts[0] in texts[1] else ": ".join(filter(None, texts)))
 
 
 def _error_in(data: Any) -> dict[str, Any]:
@@ -1662,18 +1670,16 @@ def _error_in(data: Any) -> dict[str, Any]:
         inner = _dict(data).get(name)
         if isinstance(inner, list) and inner and isinstance(inner[0], dict):
             inner = inner[0]
-        if inner:
-            data = inner if isinstance(inner, dict) else {"message": inner}
-            break
+        if isinstance(inner, dict) and inner:
+            return inner
     return data if isinstance(data, dict) else {"message": data} if data else {}
 
 
 def _words_of(error: Mapping[str, Any], whole: Any) -> str:
     """The API's own words; where no known field holds them, the *whole* body."""
     metadata = _dict(error.get("metadata"))
-    words = [next((error[name] for name in _WORD_FIELDS if error.get(name)), None)]
-    words += [metadata.get("raw"), metadata.get("reasons")]
-    text = ": ".join(_said(word) for word in words if word)
+    words = [*map(error.get, _WORD_FIELDS), metadata.get("raw"), metadata.get("reasons")]
+    text = ": ".join(dict.fromkeys(_said(word) for word in words if word))
     if not text and whole:
         text = _said(whole)
     upstream = metadata.get("provider_name")
@@ -1759,10 +1765,13 @@ def _unpacked(body: bytes, encoding: str) -> bytes:
     for start, bits in forms:
         if body.startswith(start):
             with contextlib.suppress(zlib.error):
-                unpacker = zlib.decompressobj(bits)
-                unpacked = unpacker.decompress(body, _LONGEST_REPLY)
-                if unpacker.unconsumed_tail:
-                    raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
+                unpacked = b""
+                while body:  # gzip may come in several members
+                    unpacker = zlib.decompressobj(bits)
+                    unpacked += unpacker.decompress(body, _LONGEST_REPLY)
+                    if unpacker.unconsumed_tail or len(unpacked) > _LONGEST_REPLY:
+                        raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
+                    body = unpacker.unused_data
                 return unpacked
     return body
 
@@ -1815,6 +1824,8 @@ def _assembled(events: Iterator[Any]) -> tuple[Any, bool]:
     llama-cpp-python ends an older stream so when another request arrives (observed).
     """
     reply: dict[str, Any] = {}
+    has_choices = False
+    latest: Any = None
     pieces: dict[str, list[Any]] = {}
     choice: dict[str, Any] = {}
     is_done = has_null = False
@@ -1828,10 +1839,12 @@ def _assembled(events: Iterator[Any]) -> tuple[Any, bool]:
         if value is events or value == "[DONE]":
             is_done = value is not events
             break
-        event = _dict(value)
+        event = _dict(value[0] if isinstance(value, list) and value else value)
         choices = event.get("choices")
         if _fails(event):
             return event, True
+        has_choices = has_choices or "choices" in event
+        latest = value
         reply.update((name, value) for name, value in event.items() if value and name != "choices")
         for part in map(_dict, choices if isinstance(choices, list) else ()):
             if part.get("index"):
@@ -1845,6 +1858,8 @@ def _assembled(events: Iterator[Any]) -> tuple[Any, bool]:
             for name, value in (_message_in(part) or {}).items():
                 if name in _PIECES and isinstance(value, (str, list)):
                     pieces.setdefault(name, []).append(value)
+    if latest and not has_choices:
+        return latest, True  # no stream at all, but a body in the form of one
     choice["message"] = {name: _joined(values) for name, values in pieces.items()}
     is_whole = "finish_reason" in choice or (is_done and not has_null) or "error" in choice
     return {**reply, "choices": [choice]}, is_whole
@@ -1861,8 +1876,7 @@ def _message_in(choice: Mapping[str, Any]) -> Optional[dict[str, Any]]:
 def _fails(data: Mapping[str, Any]) -> bool:
     """Whether a reply of status 200 says that it failed, in one of the many ways of saying so."""
     base = _dict(data.get("base_resp")).get("status_code")  # MiniMax's; 0 is good
-    is_bare = "choices" not in data and ("code" in data or "error_code" in data) and (
-        "message" in data or "msg" in data)
+    is_bare = not data.get("choices") and "usage" not in data and any(map(data.get, _WORD_FIELDS))
     return bool(
         data.get("error") or data.get("errors") or base or data.get("object") == "error"
         or data.get("success") is False or is_bare)
@@ -1871,7 +1885,7 @@ def _fails(data: Mapping[str, Any]) -> bool:
 def _parsed(content: bytes) -> tuple[Any, bool]:
     """(the JSON of a body, put together where it is a stream; whether it is whole). ValueError."""
     text = content.decode().lstrip("\ufeff \t\r\n")
-    if re.match(r"(?:data|event|error|id|retry)?:", text):
+    if re.match(r"(?:data|event|error|id|retry)(?:[:\r\n]|\Z)|:", text):
         return _assembled(_events(text))
     return json.loads(text), True
 
@@ -1948,16 +1962,19 @@ def _read_reply(
             raise body.broken
         if problem is None or (streamed and not text):
             raise ConnectionError("the stream ended early")
+        text = _plain_text(text) if text.startswith("<") else text
         raise _failure(api, f"a reply that is no JSON ({problem}): {text[:200]!r}", body.status)
-    if isinstance(data, list) and data:
-        data = data[0]
-    return _read_choice(api, request, seed, body, _dict(data), streamed)
+    try:
+        return _read_choice(api, request, seed, body, data, streamed)
+    except RecursionError:
+        raise _failure(api, "a reply whose parts are nested too deep", body.status) from None
 
 
 def _read_choice(
-    api: _Api, request: _Request, seed: int, body: _Body, data: Mapping[str, Any], streamed: bool
+    api: _Api, request: _Request, seed: int, body: _Body, whole: Any, streamed: bool
 ) -> tuple[Response, Optional[str]]:
-    """What _read_reply returns, from the JSON of a reply that came to its end."""
+    """What _read_reply returns, from the *whole* JSON of a reply that came to its end."""
+    data = _dict(whole[0] if isinstance(whole, list) and whole else whole)
     choices = data.get("choices")
     choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
     finish_reason = choice.get("finish_reason")
@@ -1966,8 +1983,8 @@ def _read_choice(
         raise _error_within(api, body.headers, {"error": choice["error"]} if not _fails(data) else data)
     message = _message_in(choice)
     if message is None:
-        words = f"a reply without choices: {_words_of(data, data)}"
-        raise _failure(api, words if data else "a reply without choices", body.status)
+        words = _words_of(_error_in(whole), whole) if isinstance(whole, (dict, list)) else ""
+        raise _failure(api, "a reply without choices" + (f": {words}" if words else ""), body.status)
     recognised = None
     if api.name not in _PROVIDERS:
         recognised = _recognised(body.headers, data.get("system_fingerprint"))
@@ -2750,7 +2767,9 @@ class _SqlCache:
                     self._file = self._identity()
                 yield self._connection
             except self._sqlite3.Error as error:
-                os.close(os.open(os.devnull, os.O_RDONLY))  # says so where descriptors have run out
+                with contextlib.ExitStack() as probes:  # says so where descriptors have run out
+                    for _ in range(4):  # as many as SQLite opens for itself
+                        probes.enter_context(open(os.devnull, "rb", buffering=0))
                 code = errno.EBUSY if "locked" in str(error) else errno.EIO
                 raise OSError(code, str(error), self._path) from error
             finally:
@@ -3031,7 +3050,7 @@ class _Call:
         errors = [each for each in outcomes if isinstance(each, APIError)]
         failure = None
         if errors and len(errors) == len(outcomes) and not self.config.offline:
-            was_sent = [error for error in errors if "never sent" not in error.message]
+            was_sent = [error for error in errors if not error.message.startswith("never sent")]
             failure = min(was_sent, key=lambda error: error.seed or 0)
         results = [self._rollouts(*each) for each in zip(self.requests, self.outcomes)]
         shortfall = [] if failure or self.config.offline else [str(error) for error in errors]
@@ -3167,6 +3186,9 @@ class RolloutsClient:
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in _SETTINGS}
         self._config = _with_settings(Config(model), {**settings, "extra": {}, **extra})
+        if self.use_cache == "sql":
+            import sqlite3  # noqa: F401  # before file descriptors may be scarce
+
         self._start(urllib.request.getproxies())
 
     def _start(self, proxies: dict[str, str]) -> None:
