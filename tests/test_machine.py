@@ -427,11 +427,11 @@ class Deep(Case):
                 "content": good % (nested, 0), "content of objects": good % (f"[{objects}]", 0),
                 "parts": good % (parts, 0), "thoughts": good % (thoughts, 0),
                 "beside": good % ('"8"', nested),
-                "details": '{"choices":[{"message":{"content":"8","reasoning_details":%s}}]}' % parts,
+                "details": f'{{"choices":[{{"message":{{"content":"8","reasoning_details":{parts}}}}}]}}',
                 "errors": '{"error":' * depth + '"m"' + "}" * depth,
-                "message": '{"error":{"message":%s}}' % nested,
-                "detail": '{"detail":%s}' % objects, "errors of lists": '{"errors":%s}' % nested,
-                "metadata": '{"error":{"message":"m","metadata":{"raw":%s}}}' % objects,
+                "message": f'{{"error":{{"message":{nested}}}}}',
+                "detail": f'{{"detail":{objects}}}', "errors of lists": f'{{"errors":{nested}}}',
+                "metadata": f'{{"error":{{"message":"m","metadata":{{"raw":{objects}}}}}}}',
             }
             for name, text in rows.items():
                 for status in (200, 500):

@@ -235,7 +235,7 @@ class Stopped(Scopes):
                         self.adds_up(result)
                     self.assertEqual([len(result) for result in results], [0, 10, 0, 10])
                     for result in (results[0], results[2]):
-                        sent, unsent = self.split(result.errors)
+                        sent, _unsent = self.split(result.errors)
                         self.assertEqual({error.status for error in sent}, {status})
                         self.assertLessEqual(len(sent), width)
                         self.assertEqual(
