@@ -12,10 +12,12 @@
     Transport            test_transport
     Progress             test_progress
     Caches               test_cache
-    Calls                test_scopes (what is sent after a refusal), test_engine (one queue for all), test_concurrency (who shares, who waits, what ends it)
+    Calls                test_scopes (what is sent after a refusal), test_engine (one queue for all),
+                         test_concurrency (who shares, who waits, what ends it)
     Client               test_client, test_resample
     Command              test_vendoring (with the file as a whole: alone, in a package, typed)
-    all of them          test_machine (file descriptors, disks, imports), test_process (killed, forked, pickled), test_interrupt (Ctrl-C), test_readme, test_example
+    all of them          test_machine (file descriptors, disks, imports), test_process (killed, forked, pickled),
+                         test_interrupt (Ctrl-C), test_readme, test_example
 
 `python -m tests.soak` and `python -m tests.benchmark` take longer, and are run by hand.
 """
