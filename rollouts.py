@@ -1,4 +1,4 @@
-"""Draw many samples of one prompt from a language model's API, and never pay for the same one twice.
+"""Draw many samples of one prompt from a language model's API, and never pay for one twice.
 
     from rollouts import RolloutsClient
 
@@ -6,8 +6,9 @@
     rollouts = client.generate("What is 6 x 7?\\n<think>\\n6 x 7 is", n_samples=10)
     print(rollouts.counts(lambda response: response.content.strip()))
 
-A client's calls: generate, agenerate (for event loops), generate_many (prompts), resample (from each
-prefix of a thought), check_injection (does the model continue a thought?). Config lists the settings.
+A client's calls: generate, agenerate (for event loops), generate_many (prompts), resample (from
+each prefix of a thought), check_injection (does the model continue a thought?). Config lists the
+settings.
 
 The rooms of this file, in order. Each uses only the rooms above it:
 
@@ -109,19 +110,23 @@ def _seconds(value: Any, unit: float = 1.0) -> Optional[float]:
 
 def _count(value: Any) -> int:
     """*value*, a number or a str of one, as an int that any database holds; 0 for anything else."""
+    if value is None:
+        return 0
     number = _seconds(value)
     return int(number) if number is not None and number < 2**63 else 0
 
 
 def _json_copy(value: Any) -> Any:
-    """A deep copy of *value* as JSON sees it; what JSON cannot hold is a ValueError or TypeError."""
+    """A deep copy of *value* as JSON sees it; what JSON cannot hold is a ValueError or
+    TypeError."""
     return json.loads(json.dumps(value, allow_nan=False))
 
 
 def _warn(text: str) -> None:
     """Warn at the line that called into this module.
 
-    Python shows a text once a line. A shortfall must be told each time, hence a registry of its own.
+    Python shows a text once a line. A shortfall must be told each time, hence a registry of its
+    own.
     """
     frame = inspect.currentframe()
     while frame is not None and frame.f_back is not None and frame.f_globals is globals():
@@ -134,8 +139,9 @@ def _warn(text: str) -> None:
 
 # == Providers =====================================================================================
 #
-# The table is the place to extend: a new API is one row here and nothing anywhere else. *Documented*
-# and *observed* say how a row's way is known; where neither is said, it is the documented default.
+# The table is the place to extend: a new API is one row here and nothing anywhere else.
+# *Documented* and *observed* say how a row's way is known; where neither is said, it is the
+# documented default.
 
 
 class _Prefill(NamedTuple):
@@ -189,7 +195,8 @@ _PROVIDERS = {
     "deepinfra": _Provider("https://api.deepinfra.com/v1/openai"),
     "groq": _Provider("https://api.groq.com/openai/v1"),
     "cerebras": _Provider("https://api.cerebras.ai/v1"),
-    # `random_seed`, the thinking part and the echo are documented. It sends usage in streams unasked.
+    # `random_seed`, the thinking part and the echo are documented. It sends usage in streams
+    # unasked.
     "mistral": _Provider(
         "https://api.mistral.ai/v1", prefill="thinking", seed="random_seed", echoes=True,
         stream_options=False),
@@ -250,8 +257,9 @@ def _recognised(headers: Mapping[str, str], fingerprint: Any) -> Optional[str]:
 
 # == Settings ======================================================================================
 #
-# One line of Config is one setting: its type and its default, and in its metadata the check, the help
-# and whether it goes into the body. Validation, body, command line and help() read that table.
+# One line of Config is one setting: its type and its default, and in its metadata the check, the
+# help and whether it goes into the body. Validation, body, command line and help() read that
+# table.
 
 
 class _Key(str):
@@ -379,8 +387,8 @@ def _convert_extra(value: Mapping[str, Any]) -> dict[str, Any]:
             raise _Refused(f"{name} is not taken: pass a key as api_key; headers cannot be set")
         if name in ("logprobs", "top_logprobs") and given not in (None, False):
             raise NotImplementedError(
-                f"{name} is not supported: through OpenRouter, providers answer it inconsistently or "
-                "not at all. Ask a provider's own API for log probabilities.")
+                f"{name} is not supported: through OpenRouter, providers answer it inconsistently "
+                "or not at all. Ask a provider's own API for log probabilities.")
         if name == "n" and given not in (None, 1):
             raise _Refused("n is not taken: pass n_samples, as a request draws one sample")
         if name in ("messages", "prompt"):
@@ -396,11 +404,12 @@ _BODY_FIELDS = frozenset("""
 """.split()) | frozenset(  # OpenAI, above; OpenRouter
     """cache_control debug include_reasoning min_p models plugins reasoning repetition_penalty route
     session_id top_a transforms usage
-""".split()) | frozenset(  # Fireworks, Together, Groq, Cerebras, Novita, SambaNova, DeepSeek, Mistral
-    """clear_thinking compound_custom context_length_exceeded_behavior disable_reasoning do_sample echo
-    enable_thinking ignore_eos mirostat_lr mirostat_target prompt_truncate_len random_seed raw_output
-    reasoning_format reasoning_history reasoning_split return_token_ids safe_prompt safety_model
-    separate_reasoning thinking thinking_budget top_n typical_p
+# Fireworks, Together, Groq, Cerebras, Novita, SambaNova, DeepSeek, Mistral
+""".split()) | frozenset(
+    """clear_thinking compound_custom context_length_exceeded_behavior disable_reasoning do_sample
+    echo enable_thinking ignore_eos mirostat_lr mirostat_target prompt_truncate_len random_seed
+    raw_output reasoning_format reasoning_history reasoning_split return_token_ids safe_prompt
+    safety_model separate_reasoning thinking thinking_budget top_n typical_p
 """.split()) | frozenset(  # vLLM and SGLang
     """add_generation_prompt add_special_tokens allowed_token_ids bad_words best_of cache_salt
     chat_template chat_template_kwargs continue_final_message custom_logit_processor custom_params
@@ -418,12 +427,14 @@ _BODY_FIELDS = frozenset("""
 """.split())
 # What people call settings and arguments of ours, and what stands elsewhere.
 _OTHER_NAMES = {
-    "allow_fallbacks": "provider={'allow_fallbacks': …}", "api_base": "base_url", "at": "resample(at=…)",
+    "allow_fallbacks": "provider={'allow_fallbacks': …}", "api_base": "base_url",
+    "at": "resample(at=…)",
     "cache": "use_cache", "cache_path": "cache_dir", "chunks": "resample's second argument",
     "concurrency": "max_concurrency", "dry_run": "offline=True", "extra_body": "extra",
     "ignore": "provider={'ignore': …}", "indices": "resample(at=…)", "k": "n_samples",
     "key": "api_key", "max_length": "max_tokens", "max_new_tokens": "max_tokens",
-    "max_workers": "max_concurrency", "model_name": "model", "n_samples": "generate(prompt, n_samples)",
+    "max_workers": "max_concurrency", "model_name": "model",
+    "n_samples": "generate(prompt, n_samples)",
     "num_responses": "n_samples", "num_return_sequences": "n_samples", "num_retries": "max_retries",
     "num_samples": "n_samples", "num_workers": "max_concurrency", "only": "provider={'only': …}",
     "order": "provider={'order': …}", "parts": "resample's second argument",
@@ -433,7 +444,8 @@ _OTHER_NAMES = {
     "rpm": "requests_per_minute", "samples": "n_samples", "sentences": "resample's second argument",
     "show_progress": "progress_bar", "sort": "provider={'sort': …}", "stop_sequences": "stop",
     "suffix": "resample(suffix=…)", "system": "a message of that role",
-    "system_prompt": "a message of the role 'system'", "temp": "temperature", "tqdm": "progress_bar",
+    "system_prompt": "a message of the role 'system'", "temp": "temperature",
+    "tqdm": "progress_bar",
     "url": "base_url", "workers": "max_concurrency",
 }
 
@@ -490,7 +502,7 @@ class Config:
     frequency_penalty: Optional[float] = _setting(
         None, _optional(_number(-2, 2)), "penalty by how often a token occurred", body=True)
     seed: Optional[int] = _setting(
-        0, _optional(_integer(0)), "seed of the first sample, the next ones count up; None: no seed")
+        0, _optional(_integer(0)), "seed of the first sample; the next ones count up; None: none")
     provider: Union[str, dict[str, Any], None] = _setting(
         None, _optional(_PROVIDER), "the API to call (default openrouter), or OpenRouter's routing")
     base_url: Optional[str] = _setting(
@@ -500,7 +512,7 @@ class Config:
     api_key: Optional[str] = _setting(
         None, _API_KEY, "default <PROVIDER>_API_KEY from the environment")
     use_cache: Union[bool, str] = _setting(
-        True, _choice(True, False, "json", "sql"), "True or 'json': a file per sample; 'sql': SQLite")
+        True, _choice(True, False, "json", "sql"), "True or 'json': a file a sample; 'sql': SQLite")
     cache_dir: str = _setting(".rollouts", _PATH, "where the cache is")
     offline: bool = _setting(
         False, _FLAG, "send nothing: what is not in the cache is an error that says so")
@@ -640,7 +652,8 @@ _SCARCE = (errno.EMFILE, errno.ENFILE, errno.EBUSY)  # EBUSY: a database that an
 
 
 def _is_scarcity(error: BaseException) -> bool:
-    """Whether *error* says that file descriptors, or a database's lock, are not to be had just now."""
+    """Whether *error* says that file descriptors, or a database's lock, are not to be had just
+    now."""
     return isinstance(error, OSError) and error.errno in _SCARCE
 
 
@@ -653,7 +666,8 @@ _Data = TypeVar("_Data")
 
 @functools.cache
 def _types_of(cls: Any) -> dict[str, tuple[type, ...]]:
-    """What each field of *cls* holds: the type of its default; where that is None, a str or None."""
+    """What each field of *cls* holds: the type of its default; where that is None, a str or
+    None."""
     types: dict[str, tuple[type, ...]] = {}
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING:
@@ -750,10 +764,12 @@ class Response:
 
     @property
     def full(self) -> str:
-        """``reasoning</think>content``; the reasoning while it is open; the content where none is."""
+        """``reasoning</think>content``; the reasoning while it is open; the content where none
+        is."""
         if self.reasoning is None:
             return self.content
-        return f"{self.reasoning}</think>{self.content}" if self.completed_reasoning else self.reasoning
+        answer = f"</think>{self.content}" if self.completed_reasoning else ""
+        return self.reasoning + answer
 
     @property
     def _is_cut_off(self) -> bool:
@@ -811,7 +827,8 @@ class Rollouts:
         cut_off = sum(response.finish_reason == "length" for response in self.responses)
         notes = f", {cut_off} cut off at max_tokens" if cut_off else ""
         notes += f", {len(self.errors)} errors" if self.errors else ""
-        return f"<Rollouts: {at}{len(self)} of {self.num_responses} responses from {self.model}{notes}>"
+        count = f"{len(self)} of {self.num_responses} responses"
+        return f"<Rollouts: {at}{count} from {self.model}{notes}>"
 
     def get_texts(self) -> list[str]:
         """Each response's ``full``."""
@@ -870,9 +887,10 @@ class Rollouts:
 
 # == Reasoning =====================================================================================
 #
-# Pure functions on text. Of what the user wrote nothing is changed, not a space. Of what came back,
-# white space beside a tag that the model wrote is the tag's layout and is dropped, whether the server
-# split the reply or not. Elsewhere it is kept: a continuation may well begin with a space.
+# Pure functions on text. Of what the user wrote nothing is changed, not a space. Of what came
+# back, white space beside a tag that the model wrote is the tag's layout and is dropped, whether
+# the server split the reply or not. Elsewhere it is kept: a continuation may well begin with a
+# space.
 
 # Shorter texts than this (characters) a model may repeat by chance ("Wait."). They count as an echo
 # only where the server is known to repeat what was injected, or where the tag is repeated too.
@@ -923,7 +941,8 @@ def _text_of(content: Any, name: str = "text") -> str:
     if isinstance(content, list):
         return "".join(
             _text_of(part.get(name)) if isinstance(part, dict) else part
-            for part in content if isinstance(part, dict) or (isinstance(part, str) and name == "text"))
+            for part in content
+            if isinstance(part, dict) or (isinstance(part, str) and name == "text"))
     return content if isinstance(content, str) else ""
 
 
@@ -967,8 +986,8 @@ def _messages_of(prompt: Prompt) -> list[dict[str, Any]]:
         return [{"role": "user", "content": prompt}]
     if "<think>" in thought:
         _warn(
-            "the prompt has several <think> tags: the injection begins at the first. Pass a list of "
-            "messages to say where it begins.")
+            "the prompt has several <think> tags: the injection begins at the first. Pass a list "
+            "of messages to say where it begins.")
     asked = [{"role": "user", "content": question.rstrip()}] if question.strip() else []
     return [*asked, {"role": "assistant", "content": tag + thought}]
 
@@ -1026,7 +1045,8 @@ def _after_echo(text: str, echo: str, is_sure: bool) -> Optional[str]:
     body = echo.strip()
     pieces = re.split(r"\s*(</?think>)\s*", body)
     pattern = "".join(
-        rf"\s*{piece}\s*" if number % 2 else re.escape(piece) for number, piece in enumerate(pieces))
+        rf"\s*{piece}\s*" if number % 2 else re.escape(piece)
+        for number, piece in enumerate(pieces))
     end = re.escape(echo[len(echo.rstrip()):])
     match = re.match(rf"\s*(?:<think>\s*</think>\s*)?{pattern}(?:{end})?", text)
     return text[match.end():] if match else None
@@ -1035,7 +1055,8 @@ def _after_echo(text: str, echo: str, is_sure: bool) -> Optional[str]:
 def _without_echo(
     thought: Optional[str], content: str, injection: _Injection, echoes: bool
 ) -> tuple[Optional[str], str, bool]:
-    """(thought, content, whether content repeated it): without the injected text, whole or split."""
+    """(thought, content, whether content repeated it): without the injected text, whole or
+    split."""
     rest = _after_echo(content, injection.text, echoes or "<think>" in injection.text)
     if rest is not None:
         return thought, rest, True
@@ -1046,7 +1067,8 @@ def _without_echo(
             return rest, content, False
         rest = _after_echo(content, inside, echoes)
     elif injection.thought is not None:
-        is_split = (thought or "").strip() == inside.strip() and (echoes or len(inside) >= _SURE_ECHO)
+        is_sure = echoes or len(inside) >= _SURE_ECHO
+        is_split = is_sure and (thought or "").strip() == inside.strip()
         rest = _after_echo(content, injection.answer, echoes or is_split)
         if is_split:
             return None, content if rest is None else rest, True
@@ -1064,7 +1086,8 @@ def _end_of_thought(text: str, pattern: re.Pattern[str], in_code: bool) -> Optio
 
 
 def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
-    """*text* as (thought, answer, whether the thought is closed); None where it has no tags of its own.
+    """*text* as (thought, answer, whether the thought is closed); None where it has no tags of its
+    own.
 
     A block counts at the beginning, or after a preamble that ends in a line break. *is_open*: the
     thought was open before.
@@ -1086,10 +1109,10 @@ def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
 def _is_answer(content: str, has_field: bool, has_echo: bool, expected: _Expected) -> bool:
     """Whether *content* without tags, after an open thought, is the answer.
 
-    A server with a parser takes the tag of a thought away that the model closes at once. Observed: a
-    reasoning field that is a str, even an empty one, or vLLM's usage tell of a parser. Elsewhere a
-    model that stopped by itself has rather lost its tag than ended within its thought. A text that
-    begins with a space goes on with the injected words.
+    A server with a parser takes the tag of a thought away that the model closes at once. Observed:
+    a reasoning field that is a str, even an empty one, or vLLM's usage tell of a parser. Elsewhere
+    a model that stopped by itself has rather lost its tag than ended within its thought. A text
+    that begins with a space goes on with the injected words.
     """
     if has_echo or not (content.strip() or expected.may_be_answer):
         return False  # it goes on with the text that it repeats, or ended before anything came
@@ -1100,7 +1123,32 @@ def _is_answer(content: str, has_field: bool, has_echo: bool, expected: _Expecte
     return expected.may_be_answer and not content.startswith((" ", "\t"))
 
 
-def _read_message(message: Mapping[str, Any], expected: _Expected) -> tuple[Optional[str], str, bool]:
+def _read_field(thought: str, content: str) -> tuple[str, str, bool]:
+    """(thought, content, whether a tag closed the thought), where the thought came in its own
+    field.
+
+    Of the content nothing but a leading block or tag is cut: llama.cpp's "deepseek-legacy" gives
+    the thought twice, in its field and in the content.
+    """
+    is_closed = False
+    if not content.strip():
+        match = _CLOSING.search(thought)
+        if match is not None:  # a parser that missed the tag
+            thought, content, is_closed = thought[:match.start()], thought[match.end():], True
+    match = _LEADING_BLOCK.match(content)
+    if match is not None:
+        block, content = match[1] or "", content[match.end():]
+        is_closed = match[0].rstrip().endswith("</think>")
+        if block.strip() not in thought:
+            thought += block
+    if thought.lstrip().startswith("<think>"):  # it began afresh
+        thought = thought.lstrip()[len("<think>"):].lstrip()
+    return thought, content, is_closed
+
+
+def _read_message(
+    message: Mapping[str, Any], expected: _Expected
+) -> tuple[Optional[str], str, bool]:
     """A reply's (reasoning, content, completed_reasoning), whatever the server made of it."""
     injection = expected.injection
     field, content = _fields_of(message)
@@ -1126,28 +1174,6 @@ def _read_message(message: Mapping[str, Any], expected: _Expected) -> tuple[Opti
     if is_closed:
         thought, content = thought.rstrip(), content.lstrip()
     return thought if thought or injection.is_open else None, content, is_closed
-
-
-def _read_field(thought: str, content: str) -> tuple[str, str, bool]:
-    """(thought, content, whether a tag closed the thought), where the thought came in its own field.
-
-    Of the content nothing but a leading block or tag is cut: llama.cpp's "deepseek-legacy" gives the
-    thought twice, in its field and in the content.
-    """
-    is_closed = False
-    if not content.strip():
-        match = _CLOSING.search(thought)
-        if match is not None:  # a parser that missed the tag
-            thought, content, is_closed = thought[:match.start()], thought[match.end():], True
-    match = _LEADING_BLOCK.match(content)
-    if match is not None:
-        block, content = match[1] or "", content[match.end():]
-        is_closed = match[0].rstrip().endswith("</think>")
-        if block.strip() not in thought:
-            thought += block
-    if thought.lstrip().startswith("<think>"):  # it began afresh
-        thought = thought.lstrip()[len("<think>"):].lstrip()
-    return thought, content, is_closed
 
 
 # == Sentences =====================================================================================
@@ -1283,8 +1309,8 @@ def split_sentences(text: str) -> list[str]:
 # == Requests ======================================================================================
 #
 # What is sent is built here, once, and the cache's key is a hash of it: there is no list of
-# "parameters that matter". Left out of the key are the seed, which names the entry below it, and the
-# fields that ask for streaming, which change how a reply arrives and not what it says.
+# "parameters that matter". Left out of the key are the seed, which names the entry below it, and
+# the fields that ask for streaming, which change how a reply arrives and not what it says.
 
 # Hexadecimal digits of SHA-256 in the key. Of a client's parameters there are few, so that 64 bits
 # tell them apart; of prompts there may be millions, for which 160 bits leave no chance of a mix-up.
@@ -1386,12 +1412,14 @@ def _sha256(text: str) -> str:
 
 
 def _raw_injection(prompt: Any) -> _Injection:
-    """What a raw *prompt* leaves open: its last thought, or nothing that changes how a reply is read."""
+    """What a raw *prompt* leaves open: its last thought, or nothing that changes how a reply is
+    read."""
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(
-            "with endpoint='completions' prompt takes a str, as the model is to see it. Render a list of "
-            "messages with the model's own template: tokenizer.apply_chat_template(messages, "
-            f"tokenize=False, add_generation_prompt=True); not {prompt!r:.200}")
+            "with endpoint='completions' prompt takes a str, as the model is to see it. Render a "
+            "list of messages with the model's own template: "
+            "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True); "
+            f"not {prompt!r:.200}")
     injection = _Injection.parse(prompt[max(prompt.rfind("<think>"), 0):])
     return injection if injection.is_open else _Injection()
 
@@ -1399,7 +1427,8 @@ def _raw_injection(prompt: Any) -> _Injection:
 def _chat_injection(
     messages: list[dict[str, Any]], config: Config, api: _Api
 ) -> tuple[_Injection, Mapping[str, Any]]:
-    """What *messages* ask to continue, and the body's fields for it; the last one is changed in place."""
+    """What *messages* ask to continue, and the body's fields for it; the last one is changed in
+    place."""
     injection = _injection_of(messages)
     if injection is None:
         return _Injection(), {}
@@ -1409,9 +1438,9 @@ def _chat_injection(
         (why for pattern, why in _CANNOT_CONTINUE if re.search(pattern, config.model, re.I)), "")
     if why and config.prefill is None:
         raise _CannotContinue(
-            f"{config.model} cannot continue an injected message in a chat: {why}. End the prompt with "
-            "the user's message, pass endpoint='completions' where the server takes raw completions, "
-            "or take a model that shows its thoughts, such as deepseek/deepseek-r1 or "
+            f"{config.model} cannot continue an injected message in a chat: {why}. End the prompt "
+            "with the user's message, pass endpoint='completions' where the server takes raw "
+            "completions, or take a model that shows its thoughts, such as deepseek/deepseek-r1 or "
             "qwen/qwen3-30b-a3b; prefill='trailing' sends it all the same.")
     way = _PREFILLS[name or "trailing"]
     messages[-1] = _with_prefill(messages[-1], injection, way)
@@ -1434,6 +1463,13 @@ def _body_of(config: Config, api: _Api) -> dict[str, Any]:
     return body
 
 
+def _seed_name(config: Config, api: _Api) -> Optional[str]:
+    """The body's field for the seed; None where none is sent."""
+    is_refused = any(
+        name == "seed" and re.search(pattern, config.model) for pattern, name in api.provider.omits)
+    return None if config.seed is None or is_refused else api.provider.seed
+
+
 def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
     """The request for a sample of *prompt*. ValueError where it cannot be made."""
     body, said = _body_of(config, api), prompt
@@ -1447,8 +1483,8 @@ def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
         length = sum(len(text or "") for message in said for text in _fields_of(message))
     if injection.text.endswith((" ", "\t")):
         _warn(
-            "the injected text ends in a space, which most models continue badly: their words begin "
-            "with one. End it with a word or a newline.")
+            "the injected text ends in a space, which most models continue badly: their words "
+            "begin with one. End it with a word or a newline.")
     options = {"include_usage": True} if api.provider.stream_options else None
     options = body.pop("stream_options", options)
     body = {name: value for name, value in body.items() if value is not None}
@@ -1467,16 +1503,10 @@ def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
     # The rest of the body in the order given: a schema's order is the order of the answer's fields.
     said = json.loads(spoken)
     return _Request(
-        config.model, prompt if isinstance(prompt, str) else _json_copy([dict(each) for each in prompt]),
+        config.model,
+        prompt if isinstance(prompt, str) else _json_copy([dict(each) for each in prompt]),
         injection, length, f"{api.base_url}/{path}", {**body, field: said},
         _seed_name(config, api), options, key, {"base_url": api.base_url, **body, field: said})
-
-
-def _seed_name(config: Config, api: _Api) -> Optional[str]:
-    """The body's field for the seed; None where none is sent."""
-    is_refused = any(
-        name == "seed" and re.search(pattern, config.model) for pattern, name in api.provider.omits)
-    return None if config.seed is None or is_refused else api.provider.seed
 
 
 def _is_streamed(config: Config, provider: _Provider) -> bool:
@@ -1501,7 +1531,8 @@ _UNIX_MILLISECONDS = 1e11  # from here on in milliseconds: as seconds it is the 
 # What an account that has nothing left is told, in codes, types and words.
 _NO_CREDIT = (
     r"insufficient[ _](?:account[ _])?(?:quota|balance|credit|fund)|exceeded_current_quota"
-    r"|(?:balance|credit)s? (?:is |are )?(?:insufficient|exhausted|too low)|out of credits?\b|\barrears?\b")
+    r"|(?:balance|credit)s? (?:is |are )?(?:insufficient|exhausted|too low)"
+    r"|out of credits?\b|\barrears?\b")
 # What lasts longer than minutes, as a word of a code, or next to "exceeded" in a message: after "20
 # per minute" the "200 per day" of the same sentence says only what the plan is.
 _DAILY = r"(?:per|by|/)[-_ ]?(?:day|week|month)|daily|monthly|weekly|86,?400 ?s|24 ?h"
@@ -1529,7 +1560,8 @@ def _date(value: Any) -> Optional[float]:
 
 
 def _wait_of(value: Any, now: float) -> Optional[float]:
-    """Seconds to wait by a Retry-After in any form: seconds, a date, a Unix time. *now*: Unix seconds."""
+    """Seconds to wait by a Retry-After in any form: seconds, a date, a Unix time. *now*: Unix
+    seconds."""
     number = _seconds(value)
     if number is None:
         date = _date(value)
@@ -1539,7 +1571,9 @@ def _wait_of(value: Any, now: float) -> Optional[float]:
     return max(0.0, (number / 1000 if number >= _UNIX_MILLISECONDS else number) - now)
 
 
-def _retry_after(status: int, headers: Mapping[str, str], error: Mapping[str, Any]) -> Optional[float]:
+def _retry_after(
+    status: int, headers: Mapping[str, str], error: Mapping[str, Any]
+) -> Optional[float]:
     """The longest wait in seconds that a failed reply asks for, or None.
 
     Times are measured by the reply's own Date, as clocks differ. OpenRouter's error bodies repeat
@@ -1591,9 +1625,9 @@ def _backoff(error: APIError, attempt: int, jitter: float) -> float:
 
 # == Replies =======================================================================================
 #
-# What came back, read into a Response, or into the APIError that says why it cannot be. Every APIError
-# of a request is made here, and none holds the key, not even where a server repeats it. The form of a
-# body decides what it is, not its label.
+# What came back, read into a Response, or into the APIError that says why it cannot be. Every
+# APIError of a request is made here, and none holds the key, not even where a server repeats it.
+# The form of a body decides what it is, not its label.
 
 _MOST_WORDS = 1000  # characters of an API's own words in an error
 _LONGEST_REPLY = 64 * 2**20  # bytes, unpacked
@@ -1616,8 +1650,8 @@ _ADVICE = {
     429: "lower requests_per_minute or max_concurrency, or try again later",
 }
 _TEMPLATE_ADVICE = (
-    "the server's chat template drops or rewrites a part of the injected text: start the server with "
-    "another template, or pass endpoint='completions'")
+    "the server's chat template drops or rewrites a part of the injected text: start the server "
+    "with another template, or pass endpoint='completions'")
 
 
 def _advice_of(api: _Api, status: Optional[int], words: str = "") -> str:
@@ -1689,7 +1723,8 @@ def _words_of(error: Mapping[str, Any], whole: Any) -> str:
 def _refusal(
     api: _Api, status: int, headers: Mapping[str, str], data: Any, text: str = ""
 ) -> APIError:
-    """The APIError for a reply of *status* whose body is *data*, or *text* where that is no JSON."""
+    """The APIError for a reply of *status* whose body is *data*, or *text* where that is no
+    JSON."""
     error = _error_in(data)
     words = _words_of(error, data or text)
     if 300 <= status < 400:
@@ -1703,6 +1738,22 @@ def _refusal(
     reason = http.client.responses.get(status, "")
     return _failure(
         api, words or reason, status, is_retryable and not advice, wait, advice or None)
+
+
+def _tls_error(error: ssl.SSLError, words: str, advice: str) -> tuple[str, bool, str]:
+    """(words, whether it is retryable, advice) for a connection that TLS refused."""
+    if "WRONG_VERSION_NUMBER" in words or "HTTP_REQUEST" in words:
+        return words, False, "nothing speaks TLS at this port: does base_url begin with http://?"
+    if not isinstance(error, ssl.SSLCertVerificationError):
+        return words, True, advice
+    # What VERIFY_X509_STRICT, on from Python 3.13, asks of certificates that are trusted.
+    if re.search(r"Key Identifier|Basic Constraints|key usage|critical", words, re.I):
+        return words, False, (
+            "a certificate of the chain lacks what Python 3.13 asks for (RFC 5280, "
+            "VERIFY_X509_STRICT): have it reissued, or run an earlier Python")
+    return words, False, (
+        "the certificate is not trusted: point SSL_CERT_FILE to your organisation's certificates; "
+        "with python.org's build on macOS run 'Install Certificates.command' once")
 
 
 def _connection_error(api: _Api, error: Exception, timeout: float) -> APIError:
@@ -1723,7 +1774,7 @@ def _connection_error(api: _Api, error: Exception, timeout: float) -> APIError:
         words = "the reply broke off"
     elif isinstance(error, ConnectionRefusedError):
         words = f"{api.base_url} refused the connection"
-        advice = "is the server running there, and the proxy, if HTTP_PROXY or HTTPS_PROXY names one?"
+        advice = "is the server running there, and the proxy, if HTTP(S)_PROXY names one?"
     elif proxy:
         is_retryable = int(proxy[1]) >= 500
         advice = _ADVICE[407] if proxy[1] == "407" else "check HTTPS_PROXY and NO_PROXY"
@@ -1738,22 +1789,6 @@ def _connection_error(api: _Api, error: Exception, timeout: float) -> APIError:
     if not api.key or api.key not in repr((error, error.args, vars(error))):
         failure.__cause__ = error.with_traceback(None)
     return failure
-
-
-def _tls_error(error: ssl.SSLError, words: str, advice: str) -> tuple[str, bool, str]:
-    """(words, whether it is retryable, advice) for a connection that TLS refused."""
-    if "WRONG_VERSION_NUMBER" in words or "HTTP_REQUEST" in words:
-        return words, False, "nothing speaks TLS at this port: does base_url begin with http://?"
-    if not isinstance(error, ssl.SSLCertVerificationError):
-        return words, True, advice
-    # What VERIFY_X509_STRICT, on from Python 3.13, asks of certificates that are trusted.
-    if re.search(r"Key Identifier|Basic Constraints|key usage|critical", words, re.I):
-        return words, False, (
-            "a certificate of the chain lacks what Python 3.13 asks for (RFC 5280, VERIFY_X509_STRICT): "
-            "have it reissued, or run an earlier Python")
-    return words, False, (
-        "the certificate is not trusted: point SSL_CERT_FILE to your organisation's certificates; with "
-        "python.org's build on macOS run 'Install Certificates.command' once")
 
 
 def _unpacked(body: bytes, encoding: str) -> bytes:
@@ -1777,7 +1812,8 @@ def _unpacked(body: bytes, encoding: str) -> bytes:
 
 
 def _events(text: str) -> Iterator[Any]:
-    """The JSON values of a stream of server-sent events, up to its [DONE], which is yielded as a str.
+    """The JSON values of a stream of server-sent events, up to its [DONE], which is yielded as a
+    str.
 
     An event of the name "error", and a line of the field "error", yield {"error": …}. A line that
     is bare JSON counts as an event. Comments and empty events are passed over.
@@ -1812,9 +1848,27 @@ def _joined(pieces: Sequence[Any]) -> Any:
         text = "".join(pieces)
         return re.sub(  # an emoji may be split over two events
             "[\ud800-\udbff][\udc00-\udfff]",
-            lambda pair: chr(0x10000 + (ord(pair[0][0]) - 0xd800 << 10) + ord(pair[0][1]) - 0xdc00), text)
+            lambda pair: chr(0x10000 + (ord(pair[0][0]) - 0xd800 << 10) + ord(pair[0][1]) - 0xdc00),
+            text)
     lists = [piece if isinstance(piece, list) else [piece] for piece in pieces]
     return list(itertools.chain.from_iterable(lists))
+
+
+def _fails(data: Mapping[str, Any]) -> bool:
+    """Whether a reply of status 200 says that it failed, in one of the many ways of saying so."""
+    base = _dict(data.get("base_resp")).get("status_code")  # MiniMax's; 0 is good
+    is_bare = not data.get("choices") and "usage" not in data and any(map(data.get, _WORD_FIELDS))
+    return bool(
+        data.get("error") or data.get("errors") or base or data.get("object") == "error"
+        or data.get("success") is False or is_bare)
+
+
+def _message_in(choice: Mapping[str, Any]) -> Optional[dict[str, Any]]:
+    """The message of a choice, or the piece of one; raw completions have a text in its place."""
+    if isinstance(choice.get("text"), str):
+        return {"content": choice["text"]}
+    found = [each for each in map(choice.get, ("delta", "message")) if isinstance(each, dict)]
+    return next(filter(None, found), found[0] if found else None)
 
 
 def _assembled(events: Iterator[Any]) -> tuple[Any, bool]:
@@ -1865,23 +1919,6 @@ def _assembled(events: Iterator[Any]) -> tuple[Any, bool]:
     return {**reply, "choices": [choice]}, is_whole
 
 
-def _message_in(choice: Mapping[str, Any]) -> Optional[dict[str, Any]]:
-    """The message of a choice, or the piece of one; raw completions have a text in its place."""
-    if isinstance(choice.get("text"), str):
-        return {"content": choice["text"]}
-    found = [each for each in map(choice.get, ("delta", "message")) if isinstance(each, dict)]
-    return next(filter(None, found), found[0] if found else None)
-
-
-def _fails(data: Mapping[str, Any]) -> bool:
-    """Whether a reply of status 200 says that it failed, in one of the many ways of saying so."""
-    base = _dict(data.get("base_resp")).get("status_code")  # MiniMax's; 0 is good
-    is_bare = not data.get("choices") and "usage" not in data and any(map(data.get, _WORD_FIELDS))
-    return bool(
-        data.get("error") or data.get("errors") or base or data.get("object") == "error"
-        or data.get("success") is False or is_bare)
-
-
 def _parsed(content: bytes) -> tuple[Any, bool]:
     """(the JSON of a body, put together where it is a stream; whether it is whole). ValueError."""
     text = content.decode().lstrip("\ufeff \t\r\n")
@@ -1897,7 +1934,7 @@ def _usage_of(data: Mapping[str, Any]) -> Usage:
     stands in cost_details (documented).
     """
     def count(*names: str) -> int:
-        return next((number for name in names if (number := _count(data.get(name)))), 0)
+        return max(_count(data.get(name)) for name in names)
 
     details = {
         **_dict(data.get("completion_tokens_details")), **_dict(data.get("prompt_tokens_details"))}
@@ -1914,7 +1951,8 @@ def _usage_of(data: Mapping[str, Any]) -> Usage:
 
 
 def _why_not_whole(response: Response) -> str:
-    """Why *response* is not to be kept, or ''. Live replies and entries of the cache are asked alike."""
+    """Why *response* is not to be kept, or ''. Live replies and entries of the cache are asked
+    alike."""
     if response.finish_reason in _FAILURES:
         return f"finish_reason is {response.finish_reason!r}"
     if not (response.content or response.reasoning or response.usage.completion_tokens):
@@ -1931,6 +1969,67 @@ class _Body(NamedTuple):
     headers: Mapping[str, str]  # names in small letters
     content: bytes
     broken: Optional[Exception] = None
+
+
+def _expected(
+    request: _Request, provider: _Provider, finish_reason: Any, streamed: bool
+) -> _Expected:
+    """What is known of a reply to *request* before its message is read."""
+    # With this flag llama.cpp's streams do not repeat what was injected (observed).
+    is_flagged = streamed and "continue_final_message" in request.body
+    return _Expected(
+        request.injection, provider.echoes and not is_flagged, request.hides_thoughts,
+        may_be_answer=finish_reason == "stop" and not request.body.get("stop"))
+
+
+def _error_within(api: _Api, headers: Mapping[str, str], data: Mapping[str, Any]) -> APIError:
+    """The APIError for a reply of status 200 that holds an error: of the status that it names, or
+    502."""
+    error = _error_in(data)
+    named = [error.get(name) for name in ("code", "http_status", "status_code", "status")]
+    status = next((each for each in map(_count, named) if 400 <= each < 600), 502)
+    return _refusal(api, status, headers, data)
+
+
+def _read_choice(
+    api: _Api, request: _Request, seed: int, body: _Body, whole: Any, streamed: bool
+) -> tuple[Response, Optional[str]]:
+    """What _read_reply returns, from the *whole* JSON of a reply that came to its end."""
+    data = _dict(whole[0] if isinstance(whole, list) and whole else whole)
+    choices = data.get("choices")
+    choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
+    finish_reason = choice.get("finish_reason")
+    if _fails(data) or choice.get("error"):
+        # An error beside a good choice is none of a good choice.
+        told = data if _fails(data) else {"error": choice["error"]}
+        raise _error_within(api, body.headers, told)
+    message = _message_in(choice)
+    if message is None:
+        words = _words_of(_error_in(whole), whole) if isinstance(whole, (dict, list)) else ""
+        words = f"a reply without choices: {words}" if words else "a reply without choices"
+        raise _failure(api, words, body.status)
+    recognised = None
+    if api.name not in _PROVIDERS:
+        recognised = _recognised(body.headers, data.get("system_fingerprint"))
+    usage = _dict(data.get("usage"))
+    server = recognised or api.name
+    expected = _expected(request, _PROVIDERS.get(server, api.provider), finish_reason, streamed)
+    # An object with a parser, else null
+    if server == "vllm" and "completion_tokens_details" in usage:
+        has_parser = isinstance(usage["completion_tokens_details"], dict)
+        expected = expected._replace(has_parser=has_parser)
+    reasoning, content, is_closed = _read_message(message, expected)
+    response = Response(
+        content, reasoning, is_closed, str(finish_reason) if finish_reason else None, seed,
+        _usage_of(usage), str(data.get("model") or request.model),
+        str(data.get("provider") or api.name),
+        str(data.get("id") or body.headers.get("x-generation-id") or ""),
+        _count(data.get("created")) or int(time.time()))
+    problem = _why_not_whole(response)
+    if problem:
+        status = 502 if response.finish_reason in _FAILURES else body.status
+        raise _failure(api, problem, status)
+    return response, recognised
 
 
 def _read_reply(
@@ -1970,77 +2069,25 @@ def _read_reply(
         raise _failure(api, "a reply whose parts are nested too deep", body.status) from None
 
 
-def _read_choice(
-    api: _Api, request: _Request, seed: int, body: _Body, whole: Any, streamed: bool
-) -> tuple[Response, Optional[str]]:
-    """What _read_reply returns, from the *whole* JSON of a reply that came to its end."""
-    data = _dict(whole[0] if isinstance(whole, list) and whole else whole)
-    choices = data.get("choices")
-    choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
-    finish_reason = choice.get("finish_reason")
-    if _fails(data) or choice.get("error"):
-        # An error beside a good choice is none of a good choice.
-        raise _error_within(api, body.headers, {"error": choice["error"]} if not _fails(data) else data)
-    message = _message_in(choice)
-    if message is None:
-        words = _words_of(_error_in(whole), whole) if isinstance(whole, (dict, list)) else ""
-        raise _failure(api, "a reply without choices" + (f": {words}" if words else ""), body.status)
-    recognised = None
-    if api.name not in _PROVIDERS:
-        recognised = _recognised(body.headers, data.get("system_fingerprint"))
-    usage = _dict(data.get("usage"))
-    server = recognised or api.name
-    expected = _expected(request, _PROVIDERS.get(server, api.provider), finish_reason, streamed)
-    if server == "vllm" and "completion_tokens_details" in usage:  # an object with a parser, else null
-        expected = expected._replace(has_parser=isinstance(usage["completion_tokens_details"], dict))
-    reasoning, content, is_closed = _read_message(message, expected)
-    response = Response(
-        content, reasoning, is_closed, str(finish_reason) if finish_reason else None, seed,
-        _usage_of(usage), str(data.get("model") or request.model),
-        str(data.get("provider") or api.name),
-        str(data.get("id") or body.headers.get("x-generation-id") or ""),
-        _count(data.get("created")) or int(time.time()))
-    problem = _why_not_whole(response)
-    if problem:
-        status = 502 if response.finish_reason in _FAILURES else body.status
-        raise _failure(api, problem, status)
-    return response, recognised
-
-
-def _expected(
-    request: _Request, provider: _Provider, finish_reason: Any, streamed: bool
-) -> _Expected:
-    """What is known of a reply to *request* before its message is read."""
-    # With this flag llama.cpp's streams do not repeat what was injected (observed).
-    is_flagged = streamed and "continue_final_message" in request.body
-    return _Expected(
-        request.injection, provider.echoes and not is_flagged, request.hides_thoughts,
-        may_be_answer=finish_reason == "stop" and not request.body.get("stop"))
-
-
-def _error_within(api: _Api, headers: Mapping[str, str], data: Mapping[str, Any]) -> APIError:
-    """The APIError for a reply of status 200 that holds an error: of the status that it names, or 502."""
-    error = _error_in(data)
-    named = [error.get(name) for name in ("code", "http_status", "status_code", "status")]
-    status = next((each for each in map(_count, named) if 400 <= each < 600), 502)
-    return _refusal(api, status, headers, data)
-
-
 # == Transport =====================================================================================
 #
-# Bytes out, bytes in. urllib.request stays in charge, so that proxies, NO_PROXY and certificates work
-# as people expect. Our handler for it keeps connections, which its own does not. It knows of no JSON
-# and no retry, but for one: a kept connection that turns out to be closed is replaced.
+# Bytes out, bytes in. urllib.request stays in charge, so that proxies, NO_PROXY and certificates
+# work as people expect. Our handler for it keeps connections, which its own does not. It knows of
+# no JSON and no retry, but for one: a kept connection that turns out to be closed is replaced.
 #
-# Threads that draw are joined when the process exits, so none may be stuck in a long wait that nobody
-# wants: each wait is a short one, and before the next the thread looks whether it is to go on.
+# Threads that draw are joined when the process exits, so none may be stuck in a long wait that
+# nobody wants: each wait is a short one, and before the next the thread looks whether it is to go
+# on.
 
 _SLICE = 0.5  # seconds of one wait: Ctrl-C is to end a call within a second
-_CONNECT_TIMEOUT = 30.0  # seconds for each address of a name: a dead one must not cost all the timeout
+# Seconds for each address of a name: a dead one must not cost all the timeout
+_CONNECT_TIMEOUT = 30.0
 _IDLE_CONNECTION = 60.0  # seconds a connection is kept unused: less than gateways keep it
 _SHORT_KEEP_ALIVE = 10  # seconds; a server that announces less binds a worker to each connection
-_LAST_CHUNK = 0.5  # seconds to wait, after [DONE], for the final chunk, which has usually arrived by then
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # select() stops at file 1023
+# Seconds to wait, after [DONE], for the final chunk, which has usually arrived by then
+_LAST_CHUNK = 0.5
+# Select() stops at file 1023
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 _KEEPALIVE = (  # seconds, seconds, seconds, probes; the second is macOS's name for the first
     ("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4))
 _IN_PROGRESS = (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", -1))
@@ -2050,7 +2097,8 @@ _DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]")  # a model's own "[DONE]" n
 
 
 class _Post(urllib.request.Request):
-    """A request with its deadline, by time.monotonic(), and a function that says whether to go on."""
+    """A request with its deadline, by time.monotonic(), and a function that says whether to go
+    on."""
 
     deadline = 0.0
     is_cancelled: Callable[[], bool] = bool
@@ -2079,6 +2127,7 @@ class _Reply(http.client.HTTPResponse):
         super().__init__(_Reader(connection.receive))  # type: ignore[arg-type]
         self.connection = connection
         self.begin()
+        self.fields = {name.lower(): value for name, value in self.headers.raw_items()}
 
     def read_all(self) -> _Body:
         """The body as far as it comes. A stream is over with its [DONE]."""
@@ -2106,23 +2155,23 @@ class _Reply(http.client.HTTPResponse):
         except (OSError, http.client.HTTPException) as error:
             if not is_done:
                 broken = error
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        return _Body(self.status, headers, b"".join(pieces), broken)
+        return _Body(self.status, self.fields, b"".join(pieces), broken)
 
     @property
     def may_be_kept(self) -> bool:
-        """Whether the connection can serve another request, and the server has a worker to spare for it."""
-        seconds = re.search(r"timeout=(\d+)", self.headers.get("keep-alive") or "")
+        """Whether the connection can serve another request, and the server has a worker to spare
+        for it."""
+        seconds = re.search(r"timeout=(\d+)", self.fields.get("keep-alive", ""))
         is_short = seconds is not None and int(seconds[1]) < _SHORT_KEEP_ALIVE
         return self.isclosed() and not self.will_close and not is_short and (
-            self.headers.get("server") != "llama.cpp")
+            self.fields.get("server") != "llama.cpp")
 
 
 class _Connection:
     """A socket on which no wait is long, and none outlasts the deadline of the request under way.
 
-    No timeout of a socket can be that deadline: it starts anew with each byte, and OpenRouter pads a
-    waiting reply with spaces.
+    No timeout of a socket can be that deadline: it starts anew with each byte, and OpenRouter pads
+    a waiting reply with spaces.
     """
 
     def __init__(self, key: tuple[str, str, str]) -> None:
@@ -2138,7 +2187,8 @@ class _Connection:
         self.received = 0
 
     def _remaining(self) -> float:
-        """Seconds of the next wait. TimeoutError after the deadline, _GivenUp where nobody waits."""
+        """Seconds of the next wait. TimeoutError after the deadline, _GivenUp where nobody
+        waits."""
         if self.is_cancelled():
             raise _GivenUp
         remaining = self.deadline - time.monotonic()
@@ -2147,7 +2197,8 @@ class _Connection:
         return min(remaining, _SLICE)
 
     def _wait(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """Do what may block, in short waits. TLS too can go on where a wait ended (its documentation)."""
+        """Do what may block, in short waits. TLS too can go on where a wait ended (its
+        documentation)."""
         while True:
             seconds = self._remaining()
             if self.sock.gettimeout() != seconds:  # to set it is a system call
@@ -2166,14 +2217,18 @@ class _Connection:
         return count
 
     def _send(self, data: bytes) -> None:
-        """Send all of *data*. Where the other end closes, its reply may have come before all was sent."""
+        """Send all of *data*. Where the other end closes, its reply may have come before all was
+        sent."""
         rest = memoryview(data)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             while rest:
                 rest = rest[self._wait(self.sock.send, rest):]
 
-    def connect(self, host: str, tunnel: str, proxy_headers: Mapping[str, str], context: Any) -> None:
-        """Connect to *host*; through a CONNECT to *tunnel*, if it names one; over TLS with a *context*."""
+    def connect(
+        self, host: str, tunnel: str, proxy_headers: Mapping[str, str], context: Any
+    ) -> None:
+        """Connect to *host*; through a CONNECT to *tunnel*, if it names one; over TLS with a
+        *context*."""
         address = urllib.parse.urlsplit("//" + host)
         try:
             port = address.port or (443 if context else 80)
@@ -2197,7 +2252,8 @@ class _Connection:
 
     def _connect_to(self, host: str, port: int) -> None:
         failure = OSError(f"{host} has no address")
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in found:
             self.sock = socket.socket(family, kind, protocol)
             try:
                 self.sock.setblocking(False)
@@ -2217,7 +2273,8 @@ class _Connection:
         raise failure
 
     def _await_connection(self, code: int) -> None:
-        """Wait until the socket is connected. *code*: of connect_ex. OSError where it is refused."""
+        """Wait until the socket is connected. *code*: of connect_ex. OSError where it is
+        refused."""
         limit = time.monotonic() + _CONNECT_TIMEOUT
         with _Selector() as selector:
             selector.register(self.sock, selectors.EVENT_WRITE)
@@ -2231,7 +2288,8 @@ class _Connection:
 
     def post(self, selector: str, headers: Mapping[str, str], body: bytes) -> _Reply:
         """Send a request in one piece, and read the head of its reply."""
-        lines = [f"POST {selector} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        lines = [f"POST {selector} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         self._send("\r\n".join((*lines, "", "")).encode("latin-1") + body)
         return _Reply(self)
 
@@ -2293,7 +2351,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         proxy = self.proxies.get(parts.scheme, "")
         if proxy.lower().startswith("socks") and not urllib.request.proxy_bypass(parts.netloc):
             name = f"{parts.scheme.upper()}_PROXY"
-            raise _SocksProxy(f"{name} names a SOCKS proxy, which Python's urllib does not speak to")
+            raise _SocksProxy(f"{name} names a SOCKS proxy, to which urllib does not speak")
 
     def close_idle(self, for_good: bool = False) -> None:
         """Close the connections that are idle; *for_good*: and keep none from now on."""
@@ -2326,8 +2384,8 @@ class _Transport(urllib.request.AbstractHTTPHandler):
                 return connection.post(request.selector, headers, request.data)
             except BaseException as error:
                 connection.close()
-                # Only a kept connection may have been closed before it saw the request. All else is a
-                # failed attempt: the retry policy has the say.
+                # Only a kept connection may have been closed before it saw the request. All else
+                # is a failed attempt: the retry policy has the say.
                 if kept is None or connection.received or not isinstance(error, _CLOSED):
                     raise
 
@@ -2376,10 +2434,11 @@ _clock = _Clock()
 
 
 class _Bucket:
-    """The token bucket of one limit: in no minute more starts than *per_minute*, the first included.
+    """The token bucket of one limit: in no minute more starts than *per_minute*, the first
+    included.
 
-    It holds one second's worth of tokens, and refills so slowly that a minute that begins with all of
-    them still keeps the promise; a hundredth slower still, since threads wake late.
+    It holds one second's worth of tokens, and refills so slowly that a minute that begins with all
+    of them still keeps the promise; a hundredth slower still, since threads wake late.
     """
 
     def __init__(self, per_minute: float) -> None:
@@ -2387,7 +2446,8 @@ class _Bucket:
         self.burst = max(1, int(whole / 60))
         self.gap = 60.6 / (whole - self.burst + 1)  # seconds for one token
         self.next = -math.inf  # when a bucket of one token would have it
-        self.turn = threading.Lock()  # held by the thread that waits for the next token; others queue
+        # Held by the thread that waits for the next token; others queue
+        self.turn = threading.Lock()
 
     def start(self) -> float:
         """The earliest time at which a request may start."""
@@ -2398,7 +2458,8 @@ class _Bucket:
 
 
 class _Pacer:
-    """When a request to one API may start: not within a hold, and as the bucket of its limit says."""
+    """When a request to one API may start: not within a hold, and as the bucket of its limit
+    says."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # protects _hold and reason
@@ -2456,8 +2517,8 @@ def _duration(seconds: float) -> str:
 def _format_progress(tally: _Tally, elapsed: float, width: int, reason: str = "") -> str:
     """The line for *tally* after *elapsed* seconds, in less than *width* columns.
 
-    What matters most comes first. *reason*, why something is retried or waits, is said where nothing
-    has been drawn yet, or all that is under way waits.
+    What matters most comes first. *reason*, why something is retried or waits, is said where
+    nothing has been drawn yet, or all that is under way waits.
     """
     done, total, cost = tally["done"], tally["total"], tally["cost"]
     rate = (done - tally["cached"]) / elapsed if elapsed > 0 else 0.0
@@ -2474,7 +2535,8 @@ def _format_progress(tally: _Tally, elapsed: float, width: int, reason: str = ""
         if len(line) + len(count) + 2 < width:
             line += ", " + count
     if reason and (tally["waiting"] or (tally["retrying"] and done == tally["cached"])):
-        line += ": " + re.sub("[^ -~]", "?", reason)  # a column each, and none that moves the cursor
+        # A column each, and none that moves the cursor
+        line += ": " + re.sub("[^ -~]", "?", reason)
     room = min(width - len(line) - 4, _BAR)
     if room >= 5 and total:
         filled = room * done // total
@@ -2509,7 +2571,8 @@ class _Log:
 
     @staticmethod
     def _write(text: str) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None under pythonw
+        # Closed, or None under pythonw
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stderr.write(text)
             sys.stderr.flush()
 
@@ -2572,8 +2635,10 @@ class _Progress:
     """The line on stderr, and the lines of `verbose` above it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # protects all but the counts, and the order of what is written
-        self._counting = threading.Lock()  # protects the counts: a stopped terminal must not stop workers
+        # Protects all but the counts, and the order of what is written
+        self._lock = threading.Lock()
+        # Protects the counts: a stopped terminal must not stop workers
+        self._counting = threading.Lock()
         self._pid = os.getpid()
         self._tally = _Tally()
         self._active = 0
@@ -2583,7 +2648,8 @@ class _Progress:
         self.reason = ""  # why the latest attempt failed, or why there is a hold
 
     def begin(self, total: int, cached: int) -> _Tally:
-        """Count *total* samples as under way, *cached* of them as done; the tally takes what follows."""
+        """Count *total* samples as under way, *cached* of them as done; the tally takes what
+        follows."""
         if self._pid != os.getpid():
             self.__init__()  # type: ignore[misc]  # forked: the locks may be the parent's threads'
         with self._lock:
@@ -2595,7 +2661,8 @@ class _Progress:
             return self._tally
 
     def show(self) -> None:
-        """Bring up the line where there is something to say; later, where a terminal that is stopped blocks."""
+        """Bring up the line where there is something to say; later, where a terminal that is
+        stopped blocks."""
         if self._lock.acquire(blocking=False):
             try:
                 self._show()
@@ -2608,8 +2675,9 @@ class _Progress:
         is_worth_it = tally["total"] > 1 or tally["retrying"] or tally["waiting"]
         if self._active and self._view is None and is_worth_it:
             self._view, self._ended = _view_of(sys.stderr), threading.Event()
-            drawing = threading.Thread(target=self._draw, args=(self._view, self._ended), daemon=True)
-            drawing.name = "rollouts-progress"
+            drawing = threading.Thread(
+                target=self._draw, args=(self._view, self._ended), name="rollouts-progress",
+                daemon=True)
             with contextlib.suppress(RuntimeError):  # no thread is to be had: no line
                 drawing.start()
 
@@ -2619,7 +2687,8 @@ class _Progress:
             tally.update(more)
 
     def end(self, unfinished: int) -> None:
-        """Take back the *unfinished* samples of a call that is over; with the last call the line goes."""
+        """Take back the *unfinished* samples of a call that is over; with the last call the line
+        goes."""
         with self._lock:
             self._active -= 1
             self.count(self._tally, total=-unfinished)
@@ -2647,9 +2716,9 @@ _progress = _Progress()
 
 # == Caches ========================================================================================
 #
-# Two stores, the same three methods: get, which adds a line to a list of the caller's for each entry
-# that it cannot use; put, which raises OSError; and close. A lack of file descriptors is an OSError of
-# both. A store knows nothing of what is under way.
+# Two stores, the same three methods: get, which adds a line to a list of the caller's for each
+# entry that it cannot use; put, which raises OSError; and close. A lack of file descriptors is an
+# OSError of both. A store knows nothing of what is under way.
 
 
 def _dumped(response: Response) -> str:
@@ -2677,7 +2746,8 @@ def _loaded(text: bytes, seed: int) -> Response:
 
 
 class _JsonCache:
-    """A file a response: cache_dir/model/parameters/abc/abc…/seed_00000.json, and request.json beside."""
+    """A file a response: cache_dir/model/parameters/abc/abc…/seed_00000.json, and request.json
+    beside."""
 
     def __init__(self, cache_dir: str) -> None:
         self._directory = cache_dir
@@ -2718,8 +2788,9 @@ class _JsonCache:
 
     @staticmethod
     def _write(place: str, name: str, text: str) -> None:
-        # The draft's name is new on every machine that shares the directory. No fsync: this is proof
-        # against a killed process, not against a power cut, after which a damaged entry is a miss.
+        # The draft's name is new on every machine that shares the directory. No fsync: this is
+        # proof against a killed process, not against a power cut, after which a damaged entry is a
+        # miss.
         draft = f"{place}/.{os.urandom(8).hex()}.tmp"
         try:
             with open(draft, "xb", buffering=0) as file:
@@ -2740,7 +2811,9 @@ class _SqlCache:
     """cache_dir/rollouts.sqlite3: the same, in two tables."""
 
     _TABLES = """
-        CREATE TABLE IF NOT EXISTS requests (id TEXT PRIMARY KEY, request TEXT NOT NULL) WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS requests (
+            id TEXT PRIMARY KEY, request TEXT NOT NULL
+        ) WITHOUT ROWID;
         CREATE TABLE IF NOT EXISTS responses (
             request TEXT NOT NULL, seed INTEGER NOT NULL, response TEXT NOT NULL,
             PRIMARY KEY (request, seed)
@@ -2751,7 +2824,8 @@ class _SqlCache:
 
         self._sqlite3 = sqlite3
         self._path = os.path.join(cache_dir, "rollouts.sqlite3")
-        self._lock = threading.Lock()  # protects all the rest: a connection serves one thread at a time
+        # Protects all the rest: a connection serves one thread at a time
+        self._lock = threading.Lock()
         self._connection: Optional[sqlite3.Connection] = None
         self._file: Optional[tuple[int, int]] = None
         self._is_closed = False
@@ -2779,7 +2853,8 @@ class _SqlCache:
     def _identity(self) -> Optional[tuple[int, int]]:
         """What tells the file from one that took its place: whoever clears the cache deletes it.
 
-        Without it another process that makes the file anew would leave this one writing into the old.
+        Without it another process that makes the file anew would leave this one writing into the
+        old.
         """
         try:
             status = os.stat(self._path)
@@ -2816,7 +2891,8 @@ class _SqlCache:
         try:
             with self._connected() as connection:
                 rows = connection.execute(
-                    "SELECT seed, response FROM responses WHERE request = ? AND seed BETWEEN ? AND ?",
+                    "SELECT seed, response FROM responses"
+                    " WHERE request = ? AND seed BETWEEN ? AND ?",
                     ("/".join(request.key), seeds[0], seeds[-1])).fetchall()
         except OSError as error:
             if _is_scarcity(error):
@@ -2854,7 +2930,8 @@ class _SqlCache:
 # that draw share with it is a _Sample.
 
 _PATIENCE = 20  # refusals in a row; with this many more samples lost, it is not bad luck any more
-_PROMPT_STATUSES = (400, 403, 413, 422)  # too long, or refused for what it says: so are not all prompts
+# Too long, or refused for what it says: so are not all prompts
+_PROMPT_STATUSES = (400, 403, 413, 422)
 _SAME_TEXTS = 5  # samples; as many that are one text are no independent draws,
 _SAME_TOKENS = 50  # tokens; if it is longer than that
 _LONG_PROMPT = 4000  # characters; below it servers' counts say little
@@ -2868,9 +2945,9 @@ class _Verdicts:
     """What has succeeded and what was refused, and so what may still be sent.
 
     A refusal (an error that no retry mends) has a scope: of the statuses 400, 403, 413 and 422 the
-    prompt, else the call. It stops its scope while nothing there has succeeded; after that it is one
-    sample's bad luck, and only more than 20 in a row stop the scope. For a prompt a cached sample is a
-    success, for the call only one that was drawn.
+    prompt, else the call. It stops its scope while nothing there has succeeded; after that it is
+    one sample's bad luck, and only more than 20 in a row stop the scope. For a prompt a cached
+    sample is a success, for the call only one that was drawn.
     """
 
     def __init__(self) -> None:
@@ -2897,11 +2974,21 @@ class _Verdicts:
         return None
 
 
+def _is_interactive() -> bool:
+    return hasattr(sys, "ps1")
+
+
+def _exits_by_interrupt() -> bool:
+    """Whether an uncaught KeyboardInterrupt ends the process."""
+    return getattr(sys, "last_type", None) is KeyboardInterrupt and not _is_interactive()
+
+
 class _Sample:
     """A sample under way, shared by every call that asks for the very same."""
 
-    def __init__(self, key: Hashable, call: _Call, index: int, seed: int) -> None:
+    def __init__(self, key: Hashable, call: Any, index: int, seed: int) -> None:
         self.key = key
+        # A _Call: see below.
         self.call, self.index, self.seed = call, index, seed  # for which it is drawn
         self.waiting = [(call, index)]  # all that wait for it
         self.future: Future[Optional[_Outcome]] = Future()  # None: nobody wanted it any more
@@ -2917,13 +3004,13 @@ class _Sample:
         return _exits_by_interrupt() or all(call.is_given_up() for call, _ in self.waiting)
 
 
-def _is_interactive() -> bool:
-    return hasattr(sys, "ps1")
-
-
-def _exits_by_interrupt() -> bool:
-    """Whether an uncaught KeyboardInterrupt ends the process."""
-    return getattr(sys, "last_type", None) is KeyboardInterrupt and not _is_interactive()
+def _are_one_text(rollouts: Rollouts, fresh: Sequence[Response]) -> bool:
+    """Whether many samples that should differ are the same long text."""
+    if len(fresh) < _SAME_TEXTS or rollouts.temperature == 0:
+        return False
+    if len({each.full for each in fresh}) > 1:
+        return False
+    return min(each.usage.completion_tokens for each in fresh) > _SAME_TOKENS
 
 
 class _Call:
@@ -2963,7 +3050,8 @@ class _Call:
             self.verdicts.record(index, response)
 
     def next(self) -> Optional[tuple[int, int]]:
-        """The next sample to send: (index of its request, seed); None where none may be sent now."""
+        """The next sample to send: (index of its request, seed); None where none may be sent
+        now."""
         while self._waiting and self.verdicts.why_stopped() is None:
             index, seeds = self._waiting[0]
             if self.verdicts.why_stopped(index) is not None:
@@ -2996,7 +3084,8 @@ class _Call:
 
     def _record(self, index: int, seed: int, sample: _Sample) -> None:
         self.in_flight -= 1
-        outcome = sample.future.result()  # raises what is a defect: it must not vanish with its thread
+        # Raises what is a defect: it must not vanish with its thread
+        outcome = sample.future.result()
         if outcome is None:  # its scope was stopped meanwhile
             if _exits_by_interrupt():
                 raise RolloutsError("the interpreter exits")
@@ -3022,7 +3111,8 @@ class _Call:
             self.count(done=1, failed=1)
 
     def fail_the_rest(self, problem: str = "") -> None:
-        """An error for each sample that was never sent: for *problem*, or what stopped its scope."""
+        """An error for each sample that was never sent: for *problem*, or what stopped its
+        scope."""
         for index, seeds in (*self._stopped.items(), *self._waiting):
             refusal = None if problem else self.verdicts.why_stopped(index)
             error = APIError(problem, provider=self.api.name)
@@ -3035,7 +3125,7 @@ class _Call:
                     self.outcomes[index][seed] = error._with_seed(seed)
 
     def count(self, **more: float) -> None:
-        if self.tally is not None:
+        if self.tally is not None and any(more.values()):
             _progress.count(self.tally, **more)
 
     def say(self, index: int, seed: int, text: str) -> None:
@@ -3076,59 +3166,60 @@ class _Call:
         """What went wrong on the way, a sentence for each kind."""
         for texts, what in (
             (shortfall, f"of {self.total} samples failed, mostly with"),
-            (self.notes["unusable"], "cache entries could not be used and were asked for again, such as"),
+            (self.notes["unusable"],
+             "cache entries could not be used and were asked for again, such as"),
             (self.notes["unwritten"], "responses could not be written to the cache"),
         ):
             if texts:
                 yield f"{len(texts)} {what}: {Counter(texts).most_common(1)[0][0]}"
 
     def _doubts(self, results: Sequence[Rollouts]) -> Iterator[str]:
-        """What looks wrong with the fresh responses although all went well, a sentence for each kind."""
+        """What looks wrong with the fresh responses although all went well, a sentence for each
+        kind."""
         fresh = [[each for each in rollouts if not each.cached] for rollouts in results]
         cut_off = sum(response._is_cut_off for each in fresh for response in each)
         most = self.config.max_tokens
         if cut_off and most == _SETTINGS["max_tokens"].default:
             yield (
-                f"{cut_off} thoughts were cut off at the default max_tokens={most}: early prefixes are cut "
-                "most, which looks like an effect. Set max_tokens to what the model needs, such as 16384")
+                f"{cut_off} thoughts were cut off at the default max_tokens={most}: early prefixes "
+                "are cut most, which looks like an effect. Set max_tokens to what the "
+                "model needs, such as 16384")
         if any(map(_are_one_text, results, fresh)):
             yield (
-                "the samples of a prompt are all the same long text, at a temperature above 0: does the "
-                "server decode greedily (do_sample, its seed), or does a response cache answer?")
+                "the samples of a prompt are all the same long text, at a temperature above 0: "
+                "does the server decode greedily (do_sample, its seed), or does a response "
+                "cache answer?")
         for request, responses in zip(self.requests, fresh):
-            counted = min((each.usage.prompt_tokens or math.inf for each in responses), default=math.inf)
+            counts = [each.usage.prompt_tokens or math.inf for each in responses]
+            counted = min(counts, default=math.inf)
             if request.length > _LONG_PROMPT and counted * _SPARSE < request.length:
                 yield (
-                    f"of a prompt of {request.length} characters the server counted {counted} tokens: it "
-                    "dropped a part of it. Raise its context length (num_ctx on Ollama)")
+                    f"of a prompt of {request.length} characters the server counted {counted} "
+                    "tokens: it dropped a part of it. Raise its context length (num_ctx on Ollama)")
                 return
-
-
-def _are_one_text(rollouts: Rollouts, fresh: Sequence[Response]) -> bool:
-    """Whether many samples that should differ are the same long text."""
-    if len(fresh) < _SAME_TEXTS or rollouts.temperature == 0 or len({each.full for each in fresh}) > 1:
-        return False
-    return min(each.usage.completion_tokens for each in fresh) > _SAME_TOKENS
 
 
 # == Client ========================================================================================
 #
-# The only room that knows all the others. A call is prepared (pure), looked up in the cache, and run;
-# each sample is drawn in _draw and nowhere else.
+# The only room that knows all the others. A call is prepared (pure), looked up in the cache, and
+# run; each sample is drawn in _draw and nowhere else.
 
 _SCARCITY = 60.0  # seconds to wait for a file descriptor, before it counts as a failure
 _QUESTION = "What is the capital of France?"
-# Only a model that goes on writes 8 next. The second must not end in \boxed{ after a sum: a small model
-# then writes anything, so that a true continuation reads as none (observed).
+# Only a model that goes on writes 8 next. The second must not end in \boxed{ after a sum: a small
+# model then writes anything, so that a true continuation reads as none (observed).
 _PROBES = {
     "an open thought": "<think>\nBefore I come to that, a quick sum to warm up: 2 x 4 =",
     "a forced answer": "<think>\nI shall count before I answer.\n</think>\n\n1, 2, 3, 4, 5, 6, 7,",
 }
-_clients_of_the_parent: list[Any] = []  # in a forked child, for ever: they are the parent's to close
+# In a forked child, for ever: they are the parent's to close
+_CLIENTS_SEED: Any = ...  # the default of a call's seed, as None means that none is sent
+_clients_of_the_parent: list[Any] = []
 
 
 def _release(
-    pid: int, transport: _Transport, caches: dict[Any, _Cache], executors: dict[int, ThreadPoolExecutor]
+    pid: int, transport: _Transport, caches: dict[Any, _Cache],
+    executors: dict[int, ThreadPoolExecutor],
 ) -> None:
     """Close what is idle. What is in flight finishes."""
     if pid != os.getpid():
@@ -3141,33 +3232,65 @@ def _release(
 
 
 def _server_note(request: _Request, config: Config, api: _Api, recognised: Optional[str]) -> str:
-    """What to tell of a server that does not continue an injection in the way it was asked to, or ''."""
+    """What to tell of a server that does not continue an injection in the way it was asked to, or
+    ''."""
     name = recognised or api.name
     server = _PROVIDERS.get(name, api.provider)
     if config.endpoint == "completions":
         return "" if server.raw_completions else (
-            f"{name} applies its chat template to raw prompts too, and drops the thought: make the model "
-            "with TEMPLATE {{ .Prompt }}, or use endpoint='chat'")
+            f"{name} applies its chat template to raw prompts too, and drops the thought: make the "
+            "model with TEMPLATE {{ .Prompt }}, or use endpoint='chat'")
     is_way_chosen = recognised is None or config.prefill is not None or not request.injection.text
     if is_way_chosen or server.prefill == "trailing":
         return ""
     if server.prefill is None:
-        return f"the server at {api.name} is {name}, which cannot continue a chat: pass endpoint='completions'"
+        return (
+            f"the server at {api.name} is {name}, which cannot continue a chat: pass "
+            "endpoint='completions'")
     if server.prefill == "reasoning_content" and request.injection.thought is None:
         return ""  # that way is one for thoughts
     return (
-        f"the server at {api.name} is {name}, which continues an injected text in a way of its own: pass "
-        f"provider={name!r}, or prefill={server.prefill!r}")
+        f"the server at {api.name} is {name}, which continues an injected text in a way of its "
+        f"own: pass provider={name!r}, or prefill={server.prefill!r}")
+
+
+def _continued(prompt: Prompt, text: str, endpoint: str) -> Prompt:
+    """*prompt* with *text* in its open thought, or in a new one."""
+    if endpoint == "completions":
+        opened = "" if _raw_injection(prompt).is_open else "<think>\n"
+        return f"{prompt}{opened}{text}"
+    messages = _messages_of(prompt)
+    injection = _injection_of(messages)
+    begun = "<think>\n"
+    if injection is not None:
+        if not injection.is_open:
+            raise ValueError(
+                "prompt takes a question, or one that ends in a thought that is still open")
+        begun, messages = injection.text, messages[:-1]
+    return [*messages, {"role": "assistant", "content": begun + text}]
+
+
+def _parts_of(reasoning: Any) -> list[str]:
+    """The parts of a thought: its sentences, or those that the user cut."""
+    given: Any = reasoning.reasoning if isinstance(reasoning, Response) else reasoning
+    parts: Any = [given.rstrip()] if isinstance(given, str) else given
+    is_list = isinstance(parts, Sequence) and all(isinstance(part, str) for part in parts)
+    is_cut = is_list and (isinstance(given, str) or all(parts))
+    if not is_cut or re.search(r"</?think>", "".join(parts)):
+        raise ValueError(
+            "reasoning takes a thought's text without its tags, a Response that has one, or a list "
+            f"of its parts, which are texts that are not empty; not {reasoning!r:.200}")
+    return split_sentences(parts[0]) if isinstance(given, str) else list(parts)
 
 
 class RolloutsClient:
     """Draws samples of prompts from one model.
 
-    Keywords are the settings of `Config`, and any further field of the API's request body (`min_p`,
-    `stop`, `response_format`, …), which is sent as it is. All of them are defaults that a call may
-    override; None takes a field out of the request. A client serves any number of threads and event
-    loops at once, and pickles without its key. ValueError names a bad argument, the value it got and
-    what it takes.
+    Keywords are the settings of `Config`, and any further field of the API's request body
+    (`min_p`, `stop`, `response_format`, …), which is sent as it is. All of them are defaults that
+    a call may override; None takes a field out of the request. A client serves any number of
+    threads and event loops at once, and pickles without its key. ValueError names a bad argument,
+    the value it got and what it takes.
     """
 
     def __init__(
@@ -3215,7 +3338,8 @@ class RolloutsClient:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SETTINGS:
-            raise AttributeError(f"{name} is fixed: pass {name}=… to a call, or make another client")
+            raise AttributeError(
+                f"{name} is fixed: pass {name}=… to a call, or make another client")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -3239,32 +3363,34 @@ class RolloutsClient:
         self.close()
 
     def close(self) -> None:
-        """Send nothing more, and close what is idle. What is in flight still finishes and is kept."""
+        """Send nothing more, and close what is idle. What is in flight still finishes and is
+        kept."""
         self._is_closed = True
         self._release()
 
     def generate(
-        self, prompt: Prompt, n_samples: int = 1, *, seed: Optional[int] = ...,  # type: ignore[assignment]
+        self, prompt: Prompt, n_samples: int = 1, *, seed: Optional[int] = _CLIENTS_SEED,
         **overrides: Any,
     ) -> Rollouts:
         """Return *n_samples* samples of *prompt*, from the cache or from the API.
 
-        *prompt* is a str or a list of chat messages. Where a str contains "<think>", what comes before
-        it is the question, and the model continues what begins there; so it does with a list that
-        ends in an assistant message. The samples have the seeds *seed*, *seed* + 1, … and come in
-        that order; None sends no seed. *overrides* are settings for this call.
+        *prompt* is a str or a list of chat messages. Where a str contains "<think>", what comes
+        before it is the question, and the model continues what begins there; so it does with a
+        list that ends in an assistant message. The samples have the seeds *seed*, *seed* + 1, …
+        and come in that order; None sends no seed. *overrides* are settings for this call.
 
         With endpoint="completions" *prompt* is a str that the model sees as it is, and continues.
 
-        What fails after all retries stands in ``rollouts.errors``, and a warning counts it. APIError is
-        raised only where there is nothing to return, not one sample. With offline=True nothing is
+        What fails after all retries stands in ``rollouts.errors``, and a warning counts it.
+        APIError is raised only where there is nothing to return, not one sample. With offline=True
+        nothing is
         sent, raised or warned about: what is not in the cache stands in ``errors``.
         ValueError: an argument is wrong, or the model cannot continue an assistant message.
         """
         return self._run([prompt], n_samples, seed, overrides)[0]
 
     async def agenerate(
-        self, prompt: Prompt, n_samples: int = 1, *, seed: Optional[int] = ...,  # type: ignore[assignment]
+        self, prompt: Prompt, n_samples: int = 1, *, seed: Optional[int] = _CLIENTS_SEED,
         **overrides: Any,
     ) -> Rollouts:
         """Do as generate() does, in an event loop; any number of them may be under way at once.
@@ -3289,7 +3415,7 @@ class RolloutsClient:
 
     def generate_many(
         self, prompts: Iterable[Prompt], n_samples: int = 1, *,
-        seed: Optional[int] = ..., **overrides: Any,  # type: ignore[assignment]
+        seed: Optional[int] = _CLIENTS_SEED, **overrides: Any,
     ) -> list[Rollouts]:
         """Return *n_samples* samples of each of *prompts*, all through one queue.
 
@@ -3306,14 +3432,15 @@ class RolloutsClient:
     ) -> list[Rollouts]:
         """Return, for each i, *n_samples* continuations of the first i parts of *reasoning*.
 
-        *reasoning* is a thought without its tags, which split_sentences() cuts; the Response that has
-        it; or a list of parts of your own whose concatenation is the thought. i runs from 0 to the
-        number of parts, both included, or over *at*, whose order the results keep. Each says which
-        it is: ``rollouts.at`` is i, ``rollouts.prefix`` the text of the parts that were kept, without
-        white space at its end. Continuations of prefix i are "without" part i, those of prefix i + 1
-        "with" it. *suffix* is added to each prefix: ``"\\n</think>\\n\\nTherefore, the final answer is
-        \\\\boxed{"`` forces the answer. Where *prompt* ends in an open thought already, *reasoning*
-        goes on from there. Errors: as from generate_many().
+        *reasoning* is a thought without its tags, which split_sentences() cuts; the Response that
+        has it; or a list of parts of your own whose concatenation is the thought. i runs from 0 to
+        the number of parts, both included, or over *at*, whose order the results keep. Each says
+        which
+        it is: ``rollouts.at`` is i, ``rollouts.prefix`` the text of the parts that were kept,
+        without white space at its end. Continuations of prefix i are "without" part i, those of
+        prefix i + 1 "with" it. *suffix* is added to each prefix: ``"\\n</think>\\n\\nTherefore,
+        the final answer is \\\\boxed{"`` forces the answer. Where *prompt* ends in an open thought
+        already, *reasoning* goes on from there. Errors: as from generate_many().
         """
         parts = _parts_of(reasoning)
         if not isinstance(suffix, str):
@@ -3332,12 +3459,14 @@ class RolloutsClient:
             for rollouts, index, prefix in zip(results, indices, prefixes)]
 
     def check_injection(self, **overrides: Any) -> bool:
-        """Find out, with two or three cheap questions, whether the model continues what is injected.
+        """Find out, with two or three cheap questions, whether the model continues what is
+        injected.
 
         It is asked for a capital, and given the beginning of something else: a thought that stays
         open, and an answer after a closed one. Servers differ in the two. True where both go on;
-        where one of them does it is False, and a warning says which. Any 400 or 422 means no where the
-        same question without the injection is answered. Many hosts start afresh without saying so,
+        where one of them does it is False, and a warning says which. Any 400 or 422 means no where
+        the same question without the injection is answered. Many hosts start afresh without saying
+        so,
         and that changes: check a model at a provider before paying for thousands of samples.
 
         It cannot see an empty thought that the chat template puts before the injected text (Qwen3
@@ -3393,7 +3522,7 @@ class RolloutsClient:
         if self._is_closed:
             raise RolloutsError("the client is closed")
         n_samples = _integer(1, 10**9)("n_samples", n_samples)
-        if seed is not ...:
+        if seed is not _CLIENTS_SEED:
             overrides["seed"] = seed
         config, api = _for_call(self._config, overrides)
         _integer(0)("seed + n_samples - 1", (config.seed or 0) + n_samples - 1)
@@ -3424,7 +3553,8 @@ class RolloutsClient:
                 call.say(index, seed, "from the cache")
 
     def _patiently(self, operation: Callable[[], Any], is_cancelled: Callable[[], bool]) -> Any:
-        """Do *operation*; where no file descriptor is left, close idle connections, wait, try again."""
+        """Do *operation*; where no file descriptor is left, close idle connections, wait, try
+        again."""
         limit = time.monotonic() + _SCARCITY
         while True:
             try:
@@ -3492,11 +3622,13 @@ class RolloutsClient:
             call.expect(index, seed, sample)
             executor.submit(self._draw, sample)
         except BaseException as error:
-            # Where the system has no more threads, those that there are draw it: it is in their queue.
-            if isinstance(error, RuntimeError) and "start new thread" in str(error) and call.in_flight > 1:
+            # Where the system has no more threads, those that there are draw it: it is in their
+            # queue.
+            why = str(error) if isinstance(error, RuntimeError) else ""
+            if "start new thread" in why and call.in_flight > 1:
                 return
             self._finish(sample, RolloutsError(f"the sample was not sent: {error}"))
-            if isinstance(error, RuntimeError) and "shutdown" in str(error):
+            if "shutdown" in why:
                 raise RolloutsError("the client was closed, or the interpreter exits") from error
             raise
 
@@ -3539,7 +3671,8 @@ class RolloutsClient:
         return found.get(sample.seed)
 
     def _attempts(self, sample: _Sample) -> _Outcome:
-        """One sample, drawn and kept, after as many attempts as it takes. _GivenUp: nobody wants it."""
+        """One sample, drawn and kept, after as many attempts as it takes. _GivenUp: nobody wants
+        it."""
         call, api = sample.call, sample.call.api
         say = functools.partial(call.say, sample.index, sample.seed)
         if api.provider.needs_key and not api.key and not api.is_local:
@@ -3558,7 +3691,8 @@ class RolloutsClient:
             outcome = self._attempt(sample)
             if isinstance(outcome, Response):
                 return outcome
-            reason = f"HTTP {outcome.status}: {outcome.message}" if outcome.status else outcome.message
+            status = f"HTTP {outcome.status}: " if outcome.status else ""
+            reason = status + outcome.message
             if outcome.retryable and outcome.retry_after:
                 pacer.hold(outcome.retry_after, reason)
             if not outcome.retryable or attempt >= call.config.max_retries:
@@ -3607,34 +3741,6 @@ class RolloutsClient:
         ended = f"{tokens} tokens in {took:.1f} s, {response.finish_reason}"
         call.say(sample.index, sample.seed, ended)
         return response
-
-
-def _parts_of(reasoning: Any) -> list[str]:
-    """The parts of a thought: its sentences, or those that the user cut."""
-    given: Any = reasoning.reasoning if isinstance(reasoning, Response) else reasoning
-    parts: Any = [given.rstrip()] if isinstance(given, str) else given
-    is_list = isinstance(parts, Sequence) and all(isinstance(part, str) for part in parts)
-    is_cut = is_list and (isinstance(given, str) or all(parts))
-    if not is_cut or re.search(r"</?think>", "".join(parts)):
-        raise ValueError(
-            "reasoning takes a thought's text without its tags, a Response that has one, or a list of its "
-            f"parts, which are texts that are not empty; not {reasoning!r:.200}")
-    return split_sentences(parts[0]) if isinstance(given, str) else list(parts)
-
-
-def _continued(prompt: Prompt, text: str, endpoint: str) -> Prompt:
-    """*prompt* with *text* in its open thought, or in a new one."""
-    if endpoint == "completions":
-        opened = "" if _raw_injection(prompt).is_open else "<think>\n"
-        return f"{prompt}{opened}{text}"
-    messages = _messages_of(prompt)
-    injection = _injection_of(messages)
-    begun = "<think>\n"
-    if injection is not None:
-        if not injection.is_open:
-            raise ValueError("prompt takes a question, or one that ends in a thought that is still open")
-        begun, messages = injection.text, messages[:-1]
-    return [*messages, {"role": "assistant", "content": begun + text}]
 
 
 def create_client(model: str, preset: str = "balanced", **settings: Any) -> RolloutsClient:

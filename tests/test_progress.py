@@ -217,8 +217,8 @@ class Watching(Case):
                 watched.close()
 
     def release(self, watched: Watched, twenty: Twenty) -> str:
+        twenty.go.set()  # first, or retries that wait no longer are used up
         watched.go()
-        twenty.go.set()
         return watched.result()
 
 
