@@ -327,8 +327,8 @@ class InARow(Scopes):
         self.adds_up(result)
         self.assertEqual(len(result), 20)
         self.assertGreaterEqual(len(server.requests), 41)
-        self.assertLessEqual(
-            len(server.requests), 47)  # three came before the last success, three with the last
+        # Up to 20 refusals may come before a success that was slow, and with each 21 three more.
+        self.assertLessEqual(len(server.requests), 20 + 20 + 21 + 3)
 
     def test_a_success_between_begins_anew(self):
         server = self.serve(lambda request: by_seed(request) if request.seed % 21 == 0 else refusal(402))
