@@ -289,8 +289,8 @@ class _Check(NamedTuple):
     def __call__(self, name: str, value: Any) -> Any:
         try:
             return self.convert(value)
-        except _Refused:
-            raise
+        except _Refused as error:
+            raise ValueError(str(error)) from None
         except (ValueError, TypeError, AttributeError) as error:
             is_url = name.lower().endswith("base_url") and re.search(r"[?#@]", str(value))
             is_secret = self.is_secret or is_url  # a key may stand in such an address
@@ -634,10 +634,6 @@ class APIError(RolloutsError):
 
 class _TooLong(http.client.HTTPException):
     """A reply above _LONGEST_REPLY."""
-
-
-class _CannotContinue(ValueError):
-    """The model is known to start afresh after an assistant message."""
 
 
 class _GivenUp(Exception):
@@ -1424,6 +1420,16 @@ def _raw_injection(prompt: Any) -> _Injection:
     return injection if injection.is_open else _Injection()
 
 
+def _why_no_continuation(config: Config, api: _Api) -> str:
+    """Why the model is known to start afresh after an assistant message, or ''."""
+    if config.prefill is not None:
+        return ""
+    if api.provider.prefill is None:
+        return f"{api.name} answers an assistant message, it does not continue it"
+    found = (why for pattern, why in _CANNOT_CONTINUE if re.search(pattern, config.model, re.I))
+    return next(found, "")
+
+
 def _chat_injection(
     messages: list[dict[str, Any]], config: Config, api: _Api
 ) -> tuple[_Injection, Mapping[str, Any]]:
@@ -1432,17 +1438,14 @@ def _chat_injection(
     injection = _injection_of(messages)
     if injection is None:
         return _Injection(), {}
-    name = config.prefill or api.provider.prefill
-    why = "" if name else f"{api.name} answers an assistant message, it does not continue it"
-    why = why or next(
-        (why for pattern, why in _CANNOT_CONTINUE if re.search(pattern, config.model, re.I)), "")
-    if why and config.prefill is None:
-        raise _CannotContinue(
+    why = _why_no_continuation(config, api)
+    if why:
+        raise ValueError(
             f"{config.model} cannot continue an injected message in a chat: {why}. End the prompt "
             "with the user's message, pass endpoint='completions' where the server takes raw "
             "completions, or take a model that shows its thoughts, such as deepseek/deepseek-r1 or "
             "qwen/qwen3-30b-a3b; prefill='trailing' sends it all the same.")
-    way = _PREFILLS[name or "trailing"]
+    way = _PREFILLS[config.prefill or api.provider.prefill or "trailing"]
     messages[-1] = _with_prefill(messages[-1], injection, way)
     return injection, way.body
 
@@ -3507,20 +3510,18 @@ class RolloutsClient:
         open, and an answer after a closed one. Servers differ in the two. True where both go on;
         where one of them does it is False, and a warning says which. Any 400 or 422 means no where
         the same question without the injection is answered. Many hosts start afresh without saying
-        so,
-        and that changes: check a model at a provider before paying for thousands of samples.
+        so, and that changes: check a model at a provider before paying for thousands of samples.
 
         It cannot see an empty thought that the chat template puts before the injected text (Qwen3
         hybrids on vLLM); endpoint="completions" avoids it. APIError: as from generate().
         """
         settings = {"max_tokens": 16, "temperature": 0, **overrides, "use_cache": False}
         settings.setdefault("progress_bar", False)
-        results = {}
-        for name, injected in _PROBES.items():
-            try:
-                results[name] = self._goes_on(injected, settings)
-            except _CannotContinue:
-                results[name] = False
+        config, api = _for_call(self._config, settings)
+        if config.endpoint == "chat" and _why_no_continuation(config, api):
+            return False
+        results = {
+            name: self._goes_on(injected, settings) for name, injected in _PROBES.items()}
         if len(set(results.values())) > 1:
             works, fails = sorted(results, key=lambda name: not results[name])
             _warn(f"{self.model} continues {works}, but not {fails}")
