@@ -20,6 +20,8 @@ from tests.server import Gate, Server, by_seed
 
 T = TypeVar("T")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+IS_SLOW = bool(os.environ.get("ROLLOUTS_SLOW"))
+slow = unittest.skipUnless(IS_SLOW, "slow: with ROLLOUTS_SLOW=1 it runs too")
 PATIENCE = 30.0  # seconds to wait for what must come; only a test that fails waits so long
 
 

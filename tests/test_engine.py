@@ -21,7 +21,7 @@ import weakref
 from unittest import mock
 
 from tests import rollouts
-from tests.case import AsyncCase, Case, LongSleeps, eventually
+from tests.case import AsyncCase, Case, LongSleeps, eventually, slow
 from tests.server import CERTIFICATE, Gate, Reply, chat
 import contextlib
 
@@ -146,6 +146,7 @@ class Calls(AsyncCase):
         return asyncio.ensure_future(self.thread(function, *arguments))
 
 
+@slow
 class Sharing(Calls):
     async def joined(self, first, second, gate, came):
         """Tasks of two calls, the second of which has come to wait for what the first has in flight."""
@@ -337,6 +338,7 @@ class Storm(Case):
         self.assertTrue(eventually(lambda: not connected(server)))
 
 
+@slow
 class Patience(Case):
     """A thread looks up every half second; what takes longer than that is no failure."""
 
@@ -406,6 +408,7 @@ class Patience(Case):
         self.assertGreaterEqual(time.monotonic() - begun, 1.4)
 
 
+@slow
 class Leaving(Calls):
     async def test_closing_ends_every_kind_of_call_and_keeps_what_is_in_flight(self):
         for use_cache in ("json", "sql"):

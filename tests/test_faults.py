@@ -13,7 +13,7 @@ import unittest
 import zlib
 
 from tests import rollouts
-from tests.case import Case, Clock
+from tests.case import IS_SLOW, Case, Clock
 from tests.server import Reply, chat, delta, events
 
 APIError = rollouts.APIError
@@ -179,8 +179,9 @@ class NotWhole(Faults):
                 {"choices": [{"delta": {}, "finish_reason": "error", "error": {"message": "m"}}]},
                                  done=False),
         }.items():
-            for before in (sse(begun, done=False), sse(begun, piece("", finish_reason="stop"), done=False),
-                           sse(delta(content="The answer is 4"), done=False)):
+            befores = (sse(begun, done=False), sse(begun, piece("", finish_reason="stop"), done=False),
+                       sse(delta(content="The answer is 4"), done=False))
+            for before in befores if IS_SLOW else befores[:1]:
                 with self.subTest(name, before=before):
                     self.is_retried(raw(before + last + "data: [DONE]\n\n"), words="m")
                     self.is_retried(raw(before + last), words="m")

@@ -15,7 +15,7 @@ import threading
 import time
 import unittest
 
-from tests.case import Case, eventually
+from tests.case import Case, eventually, slow
 from tests.server import Gate, Reply, by_seed, chat, delta, events
 
 try:
@@ -136,10 +136,11 @@ class Script(Processes):
                     script = f"try:\n    {call}\nexcept KeyboardInterrupt:\n    print('caught')\n{ending}"
                     self.assertEqual(self.interrupt(script), (3 if ending else 0, "caught\n", ""))
 
+    @slow
     def test_a_reply_that_trickles_in(self):
         """It never pauses for half a second, so that no wait on the socket ever ends without a byte."""
         stream = [delta(content="so ")] * 1200
-        for name, slow in {
+        for name, reply in {
             "plain": Reply(pieces=[b" "] * 1200, pause=0.05),
             "streamed": events(*stream, pause=0.05),
         }.items():
@@ -147,13 +148,14 @@ class Script(Processes):
                 with self.subTest(name, call=call):
                     shutil.rmtree(self.cache_dir, ignore_errors=True)
                     server = self.serve(
-                        lambda request, slow=slow: by_seed(request) if request.seed < 5 else slow)
+                        lambda request, reply=reply: by_seed(request) if request.seed < 5 else reply)
                     process = self.begin(server.url, call, stream=name == "streamed")
                     self.assertTrue(eventually(lambda server=server: len(server.requests) == 5 + 4))
                     self.assert_uncaught(self.interrupted(process))
                     self.assertEqual(
                         self.sent_by_the_next_run(server, stream=name == "streamed"), list(range(5, 20)))
 
+    @slow
     def test_a_long_backoff(self):
         server = self.serve(lambda request: by_seed(request) if request.seed < 5 else Reply(503))
         script = """
@@ -178,6 +180,7 @@ rollouts._clock = Unlucky()
                 self.assertEqual(server.seeds(), list(range(5 + 4)))
         self.assertEqual(self.sent_by_the_next_run(server), list(range(5, 20)))
 
+    @slow
     def test_a_hold_that_the_api_asked_for(self):
         limited = Reply(429, {"error": {"message": "slow down"}}, {"Retry-After": "300"})
         for name, call in CALLS.items():
@@ -190,6 +193,7 @@ rollouts._clock = Unlucky()
                 self.assertEqual(server.seeds(), list(range(6)))
                 self.assertEqual(self.sent_by_the_next_run(server), list(range(5, 20)))
 
+    @slow
     def test_the_token_bucket(self):
         server = self.serve()
         for name, call in CALLS.items():
@@ -209,6 +213,7 @@ rollouts._clock = Unlucky()
     def entries(self):
         return [name for _, _, names in os.walk(self.cache_dir) for name in names if name.startswith("seed_")]
 
+    @slow
     def test_the_client_can_be_used_again(self):
         """Another prompt, and the same one, whose samples in flight were given up a moment ago."""
         for name, call in {**CALLS, **GATHERED}.items():
@@ -237,6 +242,7 @@ rollouts._clock = Unlucky()
                         self.assertEqual(set(seeds), set(range(21)))
                         self.assertLessEqual(len(seeds), 4 + 21)
 
+    @slow
     def test_what_another_call_waits_for_goes_on(self):
         """The main thread's call is interrupted; another thread's goes on, also with what they share."""
         for prompt in ("q", "r"):
@@ -267,6 +273,7 @@ other.join()
                 self.assertEqual(asked, list(range(6)))
                 self.assertEqual(self.sent_by_the_next_run(server, 6), [])
 
+    @slow
     def test_two_calls_at_once(self):
         """Uncaught, it ends the calls of other threads too, whether the main thread draws itself or not."""
         script = """
@@ -292,6 +299,7 @@ for thread in threads:
                     self.assertLess(len(server.requests), 10 + 8 + 4)  # what waited for its turn is dropped
                     self.assert_kept(gate, server)
 
+    @slow
     def test_elsewhere_in_the_program(self):
         """Ctrl-C in the program's own code, while calls that it has left are in flight."""
         left = {
@@ -334,6 +342,7 @@ sys.stdin.readline()
                 self.assertEqual(self.sent_by_the_next_run(server), list(range(5, 20)))
 
 
+@slow
 class Connecting(Processes):
     """Ctrl-C while nothing can be sent yet, or not all of it."""
 
@@ -435,6 +444,7 @@ class Connecting(Processes):
 
 
 @unittest.skipUnless(pty, "needs terminals")
+@slow
 class Interactive(Processes):
     """`python -i` on a terminal: what is in flight finishes and is kept."""
 
@@ -503,6 +513,7 @@ class Interactive(Processes):
                 self.assertEqual(self.sent_by_the_next_run(server), list(range(9, 20)))
 
 
+@slow
 class Notebook(Processes):
     """A cell is interrupted; the kernel, which has sys.ps1 as IPython sets it, goes on."""
 
@@ -584,6 +595,7 @@ sys.stdin.readline()
         self.assertEqual(self.sent_by_the_next_run(server, 4), [])
 
 
+@slow
 class Ended(Processes):
     """A process that ends by itself, with calls that it has left."""
 

@@ -11,7 +11,7 @@ import zlib
 from dataclasses import replace
 
 from tests import rollouts
-from tests.case import Case, Clock, environment
+from tests.case import Case, Clock, environment, slow
 from tests.server import Reply, by_seed, chat, delta, events
 
 try:
@@ -337,6 +337,7 @@ class Roads(Case):
         self.assertEqual(server.requests, [])
 
 
+@slow
 class Randomness(Case):
     def test_retries_leave_the_programs_own_alone(self):
         source = """
@@ -412,6 +413,7 @@ class Shortfalls(Case):
                 self.assertEqual((done.stderr.count("of 3 samples"), done.stdout), (told, f"{raised}\n"))
 
 
+@slow
 class Deep(Case):
     """A body that is nested deeper than anything reads costs its sample, and nothing else."""
 
