@@ -359,8 +359,8 @@ class NotWhole(Faults):
                     kind, text = f"typeof({column})", f"CAST({column} AS TEXT)"
                     changed = database.execute(
                         f"UPDATE {table} SET {column} = CASE {kind} WHEN 'blob'"
-                        f" THEN CAST(replace({text}, ?1, ?2) AS BLOB) ELSE replace({text}, ?1, ?2) END"
-                        f" WHERE {kind} IN ('text', 'blob') AND instr({text}, ?1)", (old, new))
+                        f" THEN CAST(replace({text}, :old, :new) AS BLOB) ELSE replace({text}, :old, :new) END"
+                        f" WHERE {kind} IN ('text', 'blob') AND instr({text}, :old)", {"old": old, "new": new})
                     count += changed.rowcount
         database.close()
         return count
