@@ -1,7 +1,9 @@
 """The line on stderr, as people see it: on a terminal, in a notebook, in a log."""
 
+import concurrent.futures
 import contextlib
 import importlib.util
+import io
 import os
 import queue
 import re
@@ -15,9 +17,10 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from typing import Any, Callable, Iterator, List, Optional
+from unittest import mock
 
 from tests import rollouts
-from tests.case import PATIENCE, ROOT, Case
+from tests.case import PATIENCE, ROOT, Case, LongSleeps, eventually
 from tests.server import Reply, Request, Server, by_seed, chat
 
 try:
@@ -399,6 +402,34 @@ class Stopped(Case):
             finally:
                 process.kill()
                 process.wait()
+
+
+class Screenful(io.StringIO):
+    """A stderr that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Held(Case):
+    """Why nothing moves, while nothing does."""
+
+    settings = {"use_cache": False, "progress_bar": True}
+
+    def test_a_call_that_begins_during_a_hold_says_why(self) -> None:
+        clock = self.use_clock(LongSleeps())
+        words = {"error": {"message": "slow down"}}
+        client = self.client(self.serve(Reply(429, words, {"Retry-After": "300"})))
+        screen = Screenful()
+        with mock.patch.object(sys, "stderr", screen), concurrent.futures.ThreadPoolExecutor() as pool:
+            first = pool.submit(client.generate, "a", progress_bar=False)
+            self.assertTrue(clock.asleep.wait(PATIENCE))
+            second = pool.submit(client.generate, "b", 2)
+            self.assertTrue(eventually(lambda: "0/2, 2 waiting: HTTP 429: slow down" in screen.getvalue()))
+            client.close()
+            for call in first, second:
+                with self.assertRaises(rollouts.RolloutsError):
+                    call.result(PATIENCE)
 
 
 class Log(Watching):
