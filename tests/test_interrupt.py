@@ -233,7 +233,10 @@ rollouts._clock = Unlucky()
                     self.assertEqual(process.stdout.readline(), "caught\n")
                     gate.open()
                     answers = ", ".join(f"answer {seed}" for seed in range(20)) + "\nanswer 20\n"
-                    self.assertEqual(self.ended(process, 15), (0, answers, ""))
+                    status, said, told = self.ended(process, 15)
+                    self.assertEqual((status, said), (0, answers))
+                    if sys.version_info >= (3, 11):  # before, asyncio may report what a signal broke off
+                        self.assertEqual(told, "")
                     seeds = [request.seed for request in server.requests if question(request) == again]
                     if again == "r":
                         self.assertEqual(sorted(seeds), list(range(21)))
