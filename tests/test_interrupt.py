@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import signal
+import sys
 import socket
 import subprocess
 import threading
