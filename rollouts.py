@@ -1059,6 +1059,8 @@ def _without_echo(
     inside = injection.thought or ""
     if injection.is_open:
         rest = _after_echo(thought or "", inside, echoes)
+        if echoes and thought and not inside.strip():
+            rest = thought.removeprefix("\n")  # the line break that opened an empty thought
         if rest is not None:
             return rest, content, False
         rest = _after_echo(content, inside, echoes)

@@ -151,6 +151,20 @@ class Outgoing(Case):
                         in_body)
                     self.assertNotIn("prefill", body)
 
+    def test_llamacpp_closes_a_thought_only_before_a_content(self) -> None:
+        """Observed: with an empty text as its content the end of the thought is not rendered."""
+        closing = [{"type": "text", "text": ""}]
+        for prompt, thought, content in (
+            ("Q\n<think>\na\n</think>", "a", closing),
+            ("Q\n<think>\na\n</think>\n\n", "a", closing),
+            ("Q\n<think>\n\n</think>\n\n", "", closing),
+            ("Q\n<think>\n\n</think>\n\n8", "", "8"),
+            ("Q\n<think>\n", "\n", ""),
+        ):
+            with self.subTest(prompt=prompt):
+                message = self.sent(prompt, provider="llamacpp").body["messages"][-1]
+                self.assertEqual((message["reasoning_content"], message["content"]), (thought, content))
+
     def test_prefill_per_call(self) -> None:
         with RolloutsClient("m", base_url=self.server.url, use_cache=False) as client:
             client.generate("Q\n<think>\na", prefill="partial")
@@ -426,6 +440,9 @@ TABLE = (
         "Wait. It is 8.", "8"),
     Row("the injected word again, where an echo is certain", f"{QUESTION}\n<think>\nWait.",
         {"content": "<think>\nWait. It is 8.</think>8"}, " It is 8.", "8", provider="mistral"),
+
+    Row("llama.cpp, deepseek, a thought that was empty", f"{QUESTION}\n<think>\n",
+        {"reasoning_content": "\nTwice four.", "content": "8"}, "Twice four.", "8", provider="llamacpp"),
 
     # After a forced answer: all of it is content, wherever the server put it.
     Row("OpenRouter A: the parser took it for a thought", FORCED, {"reasoning": "8}.", "content": None}, None, "8}."),
