@@ -117,8 +117,7 @@ def _count(value: Any) -> int:
 
 
 def _json_copy(value: Any) -> Any:
-    """A deep copy of *value* as JSON sees it; what JSON cannot hold is a ValueError or
-    TypeError."""
+    """A deep copy of *value* as JSON sees it. ValueError, TypeError: JSON cannot hold it."""
     return json.loads(json.dumps(value, allow_nan=False))
 
 
@@ -396,35 +395,36 @@ def _convert_extra(value: Mapping[str, Any]) -> dict[str, Any]:
     return dict(_json_copy(dict(value)))
 
 
-# Fields of the body that some API documents, so that none of them is taken for a misspelling.
-_BODY_FIELDS = frozenset("""
-    audio logit_bias max_completion_tokens metadata modalities parallel_tool_calls prediction
+# Fields of the body that APIs document, so that none of them is taken for a misspelling.
+_BODY_FIELDS = frozenset(" ".join((
+    # OpenAI.
+    """audio logit_bias max_completion_tokens metadata modalities parallel_tool_calls prediction
     prompt_cache_key reasoning_effort response_format safety_identifier service_tier stop store
-    stream_options tool_choice tools user verbosity web_search_options
-""".split()) | frozenset(  # OpenAI, above; OpenRouter
-    """cache_control debug include_reasoning min_p models plugins reasoning repetition_penalty route
-    session_id top_a transforms usage
-# Fireworks, Together, Groq, Cerebras, Novita, SambaNova, DeepSeek, Mistral
-""".split()) | frozenset(
+    stream_options tool_choice tools user verbosity web_search_options""",
+    # OpenRouter.
+    """cache_control debug include_reasoning min_p models plugins reasoning repetition_penalty
+    route session_id top_a transforms usage""",
+    # Fireworks, Together, Groq, Cerebras, Novita, SambaNova, DeepSeek, Mistral.
     """clear_thinking compound_custom context_length_exceeded_behavior disable_reasoning do_sample
     echo enable_thinking ignore_eos mirostat_lr mirostat_target prompt_truncate_len random_seed
     raw_output reasoning_format reasoning_history reasoning_split return_token_ids safe_prompt
-    safety_model separate_reasoning thinking thinking_budget top_n typical_p
-""".split()) | frozenset(  # vLLM and SGLang
+    safety_model separate_reasoning thinking thinking_budget top_n typical_p""",
+    # vLLM, SGLang.
     """add_generation_prompt add_special_tokens allowed_token_ids bad_words best_of cache_salt
-    chat_template chat_template_kwargs continue_final_message custom_logit_processor custom_params
-    documents ebnf guided_choice guided_grammar guided_json guided_regex include_stop_str_in_output
-    length_penalty logits_processors lora_path min_tokens mm_processor_kwargs no_stop_trim priority
-    prompt_logprobs regex return_hidden_states return_prompt_text skip_special_tokens
-    spaces_between_special_tokens stop_regex stop_token_ids structured_outputs structural_tag
-    thinking_token_budget truncate_prompt_tokens use_beam_search
-""".split()) | frozenset(  # llama-server, Ollama, LM Studio, mlx-lm
+    chat_template chat_template_kwargs continue_final_message custom_logit_processor
+    custom_params documents ebnf guided_choice guided_grammar guided_json guided_regex
+    include_stop_str_in_output length_penalty logits_processors lora_path min_tokens
+    mm_processor_kwargs no_stop_trim priority prompt_logprobs regex return_hidden_states
+    return_prompt_text skip_special_tokens spaces_between_special_tokens stop_regex
+    stop_token_ids structured_outputs structural_tag thinking_token_budget
+    truncate_prompt_tokens use_beam_search""",
+    # llama-server, Ollama, LM Studio, mlx-lm.
     """cache_prompt dry_allowed_length dry_base dry_multiplier dry_penalty_last_n
-    dry_sequence_breakers dynatemp_exponent dynatemp_range grammar grammar_lazy id_slot json_schema
-    keep_alive min_keep mirostat mirostat_eta mirostat_tau n_keep n_predict n_probs options
-    post_sampling_probs repeat_last_n repeat_penalty repetition_context_size return_tokens samplers
-    think timings_per_token top_n_sigma ttl xtc_probability xtc_threshold
-""".split())
+    dry_sequence_breakers dynatemp_exponent dynatemp_range grammar grammar_lazy id_slot
+    json_schema keep_alive min_keep mirostat mirostat_eta mirostat_tau n_keep n_predict n_probs
+    options post_sampling_probs repeat_last_n repeat_penalty repetition_context_size
+    return_tokens samplers think timings_per_token top_n_sigma ttl xtc_probability xtc_threshold""",
+)).split())
 # What people call settings and arguments of ours, and what stands elsewhere.
 _OTHER_NAMES = {
     "allow_fallbacks": "provider={'allow_fallbacks': …}", "api_base": "base_url",
@@ -648,8 +648,7 @@ _SCARCE = (errno.EMFILE, errno.ENFILE, errno.EBUSY)  # EBUSY: a database that an
 
 
 def _is_scarcity(error: BaseException) -> bool:
-    """Whether *error* says that file descriptors, or a database's lock, are not to be had just
-    now."""
+    """Whether *error* tells of a passing lack of file descriptors, or of a database's lock."""
     return isinstance(error, OSError) and error.errno in _SCARCE
 
 
@@ -662,8 +661,7 @@ _Data = TypeVar("_Data")
 
 @functools.cache
 def _types_of(cls: Any) -> dict[str, tuple[type, ...]]:
-    """What each field of *cls* holds: the type of its default; where that is None, a str or
-    None."""
+    """What each field of *cls* holds: its default's type; for a None, a str or None."""
     types: dict[str, tuple[type, ...]] = {}
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING:
@@ -760,8 +758,7 @@ class Response:
 
     @property
     def full(self) -> str:
-        """``reasoning</think>content``; the reasoning while it is open; the content where none
-        is."""
+        """``reasoning</think>content``; an open thought alone; the content if there is none."""
         if self.reasoning is None:
             return self.content
         answer = f"</think>{self.content}" if self.completed_reasoning else ""
@@ -1051,8 +1048,7 @@ def _after_echo(text: str, echo: str, is_sure: bool) -> Optional[str]:
 def _without_echo(
     thought: Optional[str], content: str, injection: _Injection, echoes: bool
 ) -> tuple[Optional[str], str, bool]:
-    """(thought, content, whether content repeated it): without the injected text, whole or
-    split."""
+    """(thought, content, whether content had the echo), without the injected text."""
     rest = _after_echo(content, injection.text, echoes or "<think>" in injection.text)
     if rest is not None:
         return thought, rest, True
@@ -1084,8 +1080,7 @@ def _end_of_thought(text: str, pattern: re.Pattern[str], in_code: bool) -> Optio
 
 
 def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
-    """*text* as (thought, answer, whether the thought is closed); None where it has no tags of its
-    own.
+    """*text* as (thought, answer, whether the thought is closed); None where no tag counts.
 
     A block counts at the beginning, or after a preamble that ends in a line break. *is_open*: the
     thought was open before.
@@ -1122,8 +1117,7 @@ def _is_answer(content: str, has_field: bool, has_echo: bool, expected: _Expecte
 
 
 def _read_field(thought: str, content: str) -> tuple[str, str, bool]:
-    """(thought, content, whether a tag closed the thought), where the thought came in its own
-    field.
+    """(thought, content, whether a tag closed the thought), for a thought in its own field.
 
     Of the content nothing but a leading block or tag is cut: llama.cpp's "deepseek-legacy" gives
     the thought twice, in its field and in the content.
@@ -1410,8 +1404,7 @@ def _sha256(text: str) -> str:
 
 
 def _raw_injection(prompt: Any) -> _Injection:
-    """What a raw *prompt* leaves open: its last thought, or nothing that changes how a reply is
-    read."""
+    """The thought that a raw *prompt* leaves open; else nothing, and the reply is read afresh."""
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(
             "with endpoint='completions' prompt takes a str, as the model is to see it. Render a "
@@ -1435,8 +1428,7 @@ def _why_no_continuation(config: Config, api: _Api) -> str:
 def _chat_injection(
     messages: list[dict[str, Any]], config: Config, api: _Api
 ) -> tuple[_Injection, Mapping[str, Any]]:
-    """What *messages* ask to continue, and the body's fields for it; the last one is changed in
-    place."""
+    """What *messages* ask to continue, and the body's fields for it. Changes the last message."""
     injection = _injection_of(messages)
     if injection is None:
         return _Injection(), {}
@@ -1452,27 +1444,24 @@ def _chat_injection(
     return injection, way.body
 
 
+def _omitted(config: Config, api: _Api) -> set[str]:
+    """The default fields that the API refuses for this model."""
+    return {name for pattern, name in api.provider.omits if re.search(pattern, config.model)}
+
+
 def _body_of(config: Config, api: _Api) -> dict[str, Any]:
     """The fields of the body that settings make, without those that the API refuses."""
     body: dict[str, Any] = {"model": config.model}
     for name, setting in _SETTINGS.items():
         if setting.metadata["body"]:
             body[name] = getattr(config, name)
-    for pattern, name in api.provider.omits:
-        is_default = name in body and body[name] == _SETTINGS[name].default
-        if is_default and body["temperature"] is not None and re.search(pattern, config.model):
+    for name in body.keys() & _omitted(config, api):
+        if body[name] == _SETTINGS[name].default and body["temperature"] is not None:
             del body[name]
     body.update(config.extra)
     if isinstance(config.provider, dict):
         body["provider"] = config.provider
     return body
-
-
-def _seed_name(config: Config, api: _Api) -> Optional[str]:
-    """The body's field for the seed; None where none is sent."""
-    is_refused = any(
-        name == "seed" and re.search(pattern, config.model) for pattern, name in api.provider.omits)
-    return None if config.seed is None or is_refused else api.provider.seed
 
 
 def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
@@ -1505,13 +1494,15 @@ def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
     key = (
         _file_name(config.model), label + hashed[:_PARAMETER_DIGITS],
         _sha256(spoken)[:_PROMPT_DIGITS])
+    has_seed = config.seed is not None and "seed" not in _omitted(config, api)
     # The rest of the body in the order given: a schema's order is the order of the answer's fields.
     said = json.loads(spoken)
     return _Request(
         config.model,
         prompt if isinstance(prompt, str) else _json_copy([dict(each) for each in prompt]),
         injection, length, f"{api.base_url}/{path}", {**body, field: said},
-        _seed_name(config, api), options, key, {"base_url": api.base_url, **body, field: said})
+        api.provider.seed if has_seed else None, options, key,
+        {"base_url": api.base_url, **body, field: said})
 
 
 def _is_streamed(config: Config, provider: _Provider) -> bool:
@@ -1565,8 +1556,7 @@ def _date(value: Any) -> Optional[float]:
 
 
 def _wait_of(value: Any, now: float) -> Optional[float]:
-    """Seconds to wait by a Retry-After in any form: seconds, a date, a Unix time. *now*: Unix
-    seconds."""
+    """Seconds to wait by a Retry-After: seconds, a date or a Unix time. *now*: Unix seconds."""
     number = _seconds(value)
     if number is None:
         date = _date(value)
@@ -1728,8 +1718,7 @@ def _words_of(error: Mapping[str, Any], whole: Any) -> str:
 def _refusal(
     api: _Api, status: int, headers: Mapping[str, str], data: Any, text: str = ""
 ) -> APIError:
-    """The APIError for a reply of *status* whose body is *data*, or *text* where that is no
-    JSON."""
+    """The APIError for a reply of *status*; its body is *data*, or *text* if that is no JSON."""
     error = _error_in(data)
     words = _words_of(error, data or text)
     if 300 <= status < 400:
@@ -1817,8 +1806,7 @@ def _unpacked(body: bytes, encoding: str) -> bytes:
 
 
 def _events(text: str) -> Iterator[Any]:
-    """The JSON values of a stream of server-sent events, up to its [DONE], which is yielded as a
-    str.
+    """The JSON values of a stream of server-sent events, up to its [DONE], which comes as a str.
 
     An event of the name "error", and a line of the field "error", yield {"error": …}. A line that
     is bare JSON counts as an event. Comments and empty events are passed over.
@@ -1956,8 +1944,7 @@ def _usage_of(data: Mapping[str, Any]) -> Usage:
 
 
 def _why_not_whole(response: Response) -> str:
-    """Why *response* is not to be kept, or ''. Live replies and entries of the cache are asked
-    alike."""
+    """Why *response*, live or an entry of the cache, is not to be kept; '' where it is."""
     if response.finish_reason in _FAILURES:
         return f"finish_reason is {response.finish_reason!r}"
     if not (response.content or response.reasoning or response.usage.completion_tokens):
@@ -1988,8 +1975,7 @@ def _expected(
 
 
 def _error_within(api: _Api, headers: Mapping[str, str], data: Mapping[str, Any]) -> APIError:
-    """The APIError for a reply of status 200 that holds an error: of the status that it names, or
-    502."""
+    """The APIError for an error within a 200: of the status that it names, or 502."""
     error = _error_in(data)
     named = [error.get(name) for name in ("code", "http_status", "status_code", "status")]
     status = next((each for each in map(_count, named) if 400 <= each < 600), 502)
@@ -2005,7 +1991,7 @@ def _read_choice(
     choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
     finish_reason = choice.get("finish_reason")
     if _fails(data) or choice.get("error"):
-        # An error beside a good choice is none of a good choice.
+        # An error counts even where a choice that looks good stands beside it.
         told = data if _fails(data) else {"error": choice["error"]}
         raise _error_within(api, body.headers, told)
     message = _message_in(choice)
@@ -2019,7 +2005,7 @@ def _read_choice(
     usage = _dict(data.get("usage"))
     server = recognised or api.name
     expected = _expected(request, _PROVIDERS.get(server, api.provider), finish_reason, streamed)
-    # An object with a parser, else null
+    # vLLM's usage has an object here where a parser is at work, else null (observed).
     if server == "vllm" and "completion_tokens_details" in usage:
         has_parser = isinstance(usage["completion_tokens_details"], dict)
         expected = expected._replace(has_parser=has_parser)
@@ -2051,27 +2037,27 @@ def _read_reply(
         data, is_whole = _parsed(content)
     except (ValueError, RecursionError) as error:
         problem = error
-    text = content.decode(errors="replace").strip()
-    if api.key:
-        text = text.replace(api.key, "***")  # before it is cut
     is_good = 200 <= body.status < 300
     is_late = isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong))
     if body.broken is not None and is_late and (not is_good or "content-length" in body.headers):
         raise body.broken
+    if is_good and is_whole:
+        try:
+            return _read_choice(api, request, seed, body, data, streamed)
+        except RecursionError:
+            raise _failure(api, "a reply whose parts are nested too deep", body.status) from None
+    text = content.decode(errors="replace").strip()
+    if api.key:
+        text = text.replace(api.key, "***")  # before it is cut
     if not is_good:
         data, text = (data, "") if is_whole else (None, text)
         raise _refusal(api, body.status, body.headers, data, text)
-    if not is_whole:
-        if body.broken is not None:
-            raise body.broken
-        if problem is None or (streamed and not text):
-            raise ConnectionError("the stream ended early")
-        text = _plain_text(text) if text.startswith("<") else text
-        raise _failure(api, f"a reply that is no JSON ({problem}): {text[:200]!r}", body.status)
-    try:
-        return _read_choice(api, request, seed, body, data, streamed)
-    except RecursionError:
-        raise _failure(api, "a reply whose parts are nested too deep", body.status) from None
+    if body.broken is not None:
+        raise body.broken
+    if problem is None or (streamed and not text):
+        raise ConnectionError("the stream ended early")
+    text = _plain_text(text) if text.startswith("<") else text
+    raise _failure(api, f"a reply that is no JSON ({problem}): {text[:200]!r}", body.status)
 
 
 # == Transport =====================================================================================
@@ -2085,13 +2071,13 @@ def _read_reply(
 # on.
 
 _SLICE = 0.5  # seconds of one wait: Ctrl-C is to end a call within a second
-# Seconds for each address of a name: a dead one must not cost all the timeout
+# Seconds for each address of a name: a dead one must not use up the timeout.
 _CONNECT_TIMEOUT = 30.0
 _IDLE_CONNECTION = 60.0  # seconds a connection is kept unused: less than gateways keep it
 _SHORT_KEEP_ALIVE = 10  # seconds; a server that announces less binds a worker to each connection
-# Seconds to wait, after [DONE], for the final chunk, which has usually arrived by then
+# Seconds to wait after [DONE] for the final chunk, which has usually arrived by then.
 _LAST_CHUNK = 0.5
-# Select() stops at file 1023
+# select() takes no file descriptor above 1023.
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 _KEEPALIVE = (  # seconds, seconds, seconds, probes; the second is macOS's name for the first
     ("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4))
@@ -2102,8 +2088,7 @@ _DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]")  # a model's own "[DONE]" n
 
 
 class _Post(urllib.request.Request):
-    """A request with its deadline, by time.monotonic(), and a function that says whether to go
-    on."""
+    """A request with its deadline (time.monotonic()), and whether it was cancelled."""
 
     deadline = 0.0
     is_cancelled: Callable[[], bool] = bool
@@ -2205,8 +2190,7 @@ class _Reply(http.client.HTTPResponse):
 
     @property
     def may_be_kept(self) -> bool:
-        """Whether the connection can serve another request, and the server has a worker to spare
-        for it."""
+        """Whether the connection can be used again, and the server does not mind its being kept."""
         seconds = re.search(r"timeout=(\d+)", self.fields.get("keep-alive", ""))
         is_short = seconds is not None and int(seconds[1]) < _SHORT_KEEP_ALIVE
         return self.isclosed() and not self.will_close and not is_short and (
@@ -2233,8 +2217,7 @@ class _Connection:
         self.received = 0
 
     def _remaining(self) -> float:
-        """Seconds of the next wait. TimeoutError after the deadline, _GivenUp where nobody
-        waits."""
+        """Seconds of the next wait. TimeoutError: the deadline is over. _GivenUp: nobody waits."""
         if self.is_cancelled():
             raise _GivenUp
         remaining = self.deadline - time.monotonic()
@@ -2243,8 +2226,7 @@ class _Connection:
         return min(remaining, _SLICE)
 
     def _wait(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """Do what may block, in short waits. TLS too can go on where a wait ended (its
-        documentation)."""
+        """Do what may block, in short waits. TLS too goes on where a wait ended (documented)."""
         while True:
             seconds = self._remaining()
             if self.sock.gettimeout() != seconds:  # to set it is a system call
@@ -2263,8 +2245,7 @@ class _Connection:
         return count
 
     def _send(self, data: bytes) -> None:
-        """Send all of *data*. Where the other end closes, its reply may have come before all was
-        sent."""
+        """Send *data*. An end that closes may have sent its reply before it had read all."""
         rest = memoryview(data)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             while rest:
@@ -2273,8 +2254,7 @@ class _Connection:
     def connect(
         self, host: str, tunnel: str, proxy_headers: Mapping[str, str], context: Any
     ) -> None:
-        """Connect to *host*; through a CONNECT to *tunnel*, if it names one; over TLS with a
-        *context*."""
+        """Connect to *host*, through it to *tunnel* if that names one; with a *context* by TLS."""
         address = urllib.parse.urlsplit("//" + host)
         try:
             port = address.port or (443 if context else 80)
@@ -2319,8 +2299,7 @@ class _Connection:
         raise failure
 
     def _await_connection(self, code: int) -> None:
-        """Wait until the socket is connected. *code*: of connect_ex. OSError where it is
-        refused."""
+        """Wait until the socket is connected. *code*: connect_ex's. OSError: it is refused."""
         limit = time.monotonic() + _CONNECT_TIMEOUT
         with _Selector() as selector:
             selector.register(self.sock, selectors.EVENT_WRITE)
@@ -2480,8 +2459,7 @@ _clock = _Clock()
 
 
 class _Bucket:
-    """The token bucket of one limit: in no minute more starts than *per_minute*, the first
-    included.
+    """The token bucket of one limit: no minute, the first included, sees more starts.
 
     It holds one second's worth of tokens, and refills so slowly that a minute that begins with all
     of them still keeps the promise; a hundredth slower still, since threads wake late.
@@ -2492,7 +2470,7 @@ class _Bucket:
         self.burst = max(1, int(whole / 60))
         self.gap = 60.6 / (whole - self.burst + 1)  # seconds for one token
         self.next = -math.inf  # when a bucket of one token would have it
-        # Held by the thread that waits for the next token; others queue
+        # Held by the thread that waits for the next token; the others queue for it.
         self.turn = threading.Lock()
 
     def start(self) -> float:
@@ -2504,8 +2482,7 @@ class _Bucket:
 
 
 class _Pacer:
-    """When a request to one API may start: not within a hold, and as the bucket of its limit
-    says."""
+    """When a request to one API may start: after a hold, and as the bucket allows."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # protects _hold and reason
@@ -2581,7 +2558,7 @@ def _format_progress(tally: _Tally, elapsed: float, width: int, reason: str = ""
         if len(line) + len(count) + 2 < width:
             line += ", " + count
     if reason and (tally["waiting"] or (tally["retrying"] and done == tally["cached"])):
-        # A column each, and none that moves the cursor
+        # Only characters that take one column each, and none that moves the cursor.
         line += ": " + re.sub("[^ -~]", "?", reason)
     room = min(width - len(line) - 4, _BAR)
     if room >= 5 and total:
@@ -2681,9 +2658,9 @@ class _Progress:
     """The line on stderr, and the lines of `verbose` above it."""
 
     def __init__(self) -> None:
-        # Protects all but the counts, and the order of what is written
+        # Protects all but the counts, and the order of what is written.
         self._lock = threading.Lock()
-        # Protects the counts: a stopped terminal must not stop workers
+        # Protects the counts alone: a stopped terminal must not stop workers.
         self._counting = threading.Lock()
         self._pid = os.getpid()
         self._tally = _Tally()
@@ -2694,8 +2671,7 @@ class _Progress:
         self.reason = ""  # why the latest attempt failed, or why there is a hold
 
     def begin(self, total: int, cached: int) -> _Tally:
-        """Count *total* samples as under way, *cached* of them as done; the tally takes what
-        follows."""
+        """Count *total* samples, *cached* of them done; the tally returned takes what follows."""
         if self._pid != os.getpid():
             self.__init__()  # type: ignore[misc]  # forked: the locks may be the parent's threads'
         with self._lock:
@@ -2707,8 +2683,7 @@ class _Progress:
             return self._tally
 
     def show(self) -> None:
-        """Bring up the line where there is something to say; later, where a terminal that is
-        stopped blocks."""
+        """Bring up the line if there is something to say, unless a stopped terminal blocks."""
         if self._lock.acquire(blocking=False):
             try:
                 self._show()
@@ -2733,8 +2708,7 @@ class _Progress:
             tally.update(more)
 
     def end(self, unfinished: int) -> None:
-        """Take back the *unfinished* samples of a call that is over; with the last call the line
-        goes."""
+        """Take back the *unfinished* samples of a call; with the last call the line goes."""
         with self._lock:
             self._active -= 1
             self.count(self._tally, total=-unfinished)
@@ -2792,8 +2766,7 @@ def _loaded(text: bytes, seed: int) -> Response:
 
 
 class _JsonCache:
-    """A file a response: cache_dir/model/parameters/abc/abc…/seed_00000.json, and request.json
-    beside."""
+    """A file a response: …/model/parameters/abc/abc…/seed_00000.json, beside request.json."""
 
     def __init__(self, cache_dir: str) -> None:
         self._directory = cache_dir
@@ -2870,7 +2843,7 @@ class _SqlCache:
 
         self._sqlite3 = sqlite3
         self._path = os.path.join(cache_dir, "rollouts.sqlite3")
-        # Protects all the rest: a connection serves one thread at a time
+        # Protects what follows: a connection serves one thread at a time.
         self._lock = threading.Lock()
         self._connection: Optional[sqlite3.Connection] = None
         self._file: Optional[tuple[int, int]] = None
@@ -2976,7 +2949,7 @@ class _SqlCache:
 # that draw share with it is a _Sample.
 
 _PATIENCE = 20  # refusals in a row; with this many more samples lost, it is not bad luck any more
-# Too long, or refused for what it says: so are not all prompts
+# Too long, or refused for what it says: that does not hold for other prompts.
 _PROMPT_STATUSES = (400, 403, 413, 422)
 _SAME_TEXTS = 5  # samples; as many that are one text are no independent draws,
 _SAME_TOKENS = 50  # tokens; if it is longer than that
@@ -3034,8 +3007,7 @@ class _Sample:
 
     def __init__(self, key: Hashable, call: Any, index: int, seed: int) -> None:
         self.key = key
-        # A _Call: see below.
-        self.call, self.index, self.seed = call, index, seed  # for which it is drawn
+        self.call, self.index, self.seed = call, index, seed  # the _Call that draws it
         self.waiting = [(call, index)]  # all that wait for it
         self.future: Future[Optional[_Outcome]] = Future()  # None: nobody wanted it any more
         self.notes: list[tuple[str, str]] = []  # (kind, text) of what the call is to warn
@@ -3096,8 +3068,7 @@ class _Call:
             self.verdicts.record(index, response)
 
     def next(self) -> Optional[tuple[int, int]]:
-        """The next sample to send: (index of its request, seed); None where none may be sent
-        now."""
+        """(index of its request, seed) of the next sample; None: none may be sent now."""
         while self._waiting and self.verdicts.why_stopped() is None:
             index, seeds = self._waiting[0]
             if self.verdicts.why_stopped(index) is not None:
@@ -3130,7 +3101,7 @@ class _Call:
 
     def _record(self, index: int, seed: int, sample: _Sample) -> None:
         self.in_flight -= 1
-        # Raises what is a defect: it must not vanish with its thread
+        # Raises a defect of the worker's: it must not vanish with its thread.
         outcome = sample.future.result()
         if outcome is None:  # its scope was stopped meanwhile
             if _exits_by_interrupt():
@@ -3157,8 +3128,7 @@ class _Call:
             self.count(done=1, failed=1)
 
     def fail_the_rest(self, problem: str = "") -> None:
-        """An error for each sample that was never sent: for *problem*, or what stopped its
-        scope."""
+        """An error for each sample never sent: *problem*, or the refusal that stopped its scope."""
         for index, seeds in (*self._stopped.items(), *self._waiting):
             refusal = None if problem else self.verdicts.why_stopped(index)
             error = APIError(problem, provider=self.api.name)
@@ -3186,7 +3156,9 @@ class _Call:
         errors = [each for each in outcomes if isinstance(each, APIError)]
         failure = None
         if errors and len(errors) == len(outcomes) and not self.config.offline:
-            was_sent = [error for error in errors if not error.message.startswith("never sent")]
+            was_sent = [
+                error for error in errors
+                if error.status is not None or not error.message.startswith("never sent")]
             failure = min(was_sent, key=lambda error: error.seed or 0)
         results = [self._rollouts(*each) for each in zip(self.requests, self.outcomes)]
         shortfall = [] if failure or self.config.offline else [str(error) for error in errors]
@@ -3220,8 +3192,7 @@ class _Call:
                 yield f"{len(texts)} {what}: {Counter(texts).most_common(1)[0][0]}"
 
     def _doubts(self, results: Sequence[Rollouts]) -> Iterator[str]:
-        """What looks wrong with the fresh responses although all went well, a sentence for each
-        kind."""
+        """What looks wrong with fresh responses that came well, a sentence for each kind."""
         fresh = [[each for each in rollouts if not each.cached] for rollouts in results]
         cut_off = sum(response._is_cut_off for each in fresh for response in each)
         most = self.config.max_tokens
@@ -3258,8 +3229,8 @@ _PROBES = {
     "an open thought": "<think>\nBefore I come to that, a quick sum to warm up: 2 x 4 =",
     "a forced answer": "<think>\nI shall count before I answer.\n</think>\n\n1, 2, 3, 4, 5, 6, 7,",
 }
-# In a forked child, for ever: they are the parent's to close
 _CLIENTS_SEED: Any = ...  # the default of a call's seed, as None means that none is sent
+# What a forked child must not close, as it is the parent's: referred to here for ever.
 _clients_of_the_parent: list[Any] = []
 
 
@@ -3278,8 +3249,7 @@ def _release(
 
 
 def _server_note(request: _Request, config: Config, api: _Api, recognised: Optional[str]) -> str:
-    """What to tell of a server that does not continue an injection in the way it was asked to, or
-    ''."""
+    """The warning that a server does not continue an injection in the way it was asked, or ''."""
     name = recognised or api.name
     server = _PROVIDERS.get(name, api.provider)
     if config.endpoint == "completions":
@@ -3353,8 +3323,9 @@ class RolloutsClient:
         timeout: float = Config.timeout, stream: Optional[bool] = None,
         prefill: Optional[str] = None, **extra: Any,
     ) -> None:
-        settings = {name: value for name, value in locals().items() if name in _SETTINGS}
-        self._config = _with_settings(Config(model), {**settings, "extra": {}, **extra})
+        named = {name: value for name, value in locals().items() if name in _SETTINGS}
+        del named["extra"]  # of the same name: keywords that are no settings, or extra={…}
+        self._config = _with_settings(Config(model), {**named, **extra})
         if self.use_cache == "sql":
             import sqlite3  # noqa: F401  # before file descriptors may be scarce
 
@@ -3409,8 +3380,7 @@ class RolloutsClient:
         self.close()
 
     def close(self) -> None:
-        """Send nothing more, and close what is idle. What is in flight still finishes and is
-        kept."""
+        """Send nothing more, close what is idle. What is in flight finishes and is kept."""
         self._is_closed = True
         self._release()
 
@@ -3505,8 +3475,7 @@ class RolloutsClient:
             for rollouts, index, prefix in zip(results, indices, prefixes)]
 
     def check_injection(self, **overrides: Any) -> bool:
-        """Find out, with two or three cheap questions, whether the model continues what is
-        injected.
+        """Find out with a few cheap questions whether the model continues what is injected.
 
         It is asked for a capital, and given the beginning of something else: a thought that stays
         open, and an answer after a closed one. Servers differ in the two. True where both go on;
@@ -3597,8 +3566,7 @@ class RolloutsClient:
                 call.say(index, seed, "from the cache")
 
     def _patiently(self, operation: Callable[[], Any], is_cancelled: Callable[[], bool]) -> Any:
-        """Do *operation*; where no file descriptor is left, close idle connections, wait, try
-        again."""
+        """Do *operation*; under a passing lack, close idle connections, wait and try again."""
         limit = time.monotonic() + _SCARCITY
         while True:
             try:
@@ -3715,8 +3683,7 @@ class RolloutsClient:
         return found.get(sample.seed)
 
     def _attempts(self, sample: _Sample) -> _Outcome:
-        """One sample, drawn and kept, after as many attempts as it takes. _GivenUp: nobody wants
-        it."""
+        """One sample, drawn and kept, in as many attempts as it takes. _GivenUp: unwanted."""
         call, api = sample.call, sample.call.api
         say = functools.partial(call.say, sample.index, sample.seed)
         if api.provider.needs_key and not api.key and not api.is_local:

@@ -236,7 +236,9 @@ rollouts._clock = Unlucky()
                     answers = ", ".join(f"answer {seed}" for seed in range(20)) + "\nanswer 20\n"
                     status, said, told = self.ended(process, 15)
                     self.assertEqual((status, said), (0, answers))
-                    if sys.version_info >= (3, 11):  # before, asyncio may report what a signal broke off
+                    # Before Python 3.11 asyncio may report a task that the signal broke off, and nothing else.
+                    may_report = sys.version_info < (3, 11)
+                    if not (may_report and told.startswith("Task exception was never retrieved")):
                         self.assertEqual(told, "")
                     seeds = [request.seed for request in server.requests if question(request) == again]
                     if again == "r":
@@ -599,6 +601,19 @@ sys.stdin.readline()
         self.assertEqual(self.sent_by_the_next_run(server, 4), [])
 
 
+# A call that is cancelled when a line comes in, and a loop that is closed after it.
+CANCELLED = """
+async def main():
+    task = asyncio.ensure_future(client.agenerate("q", 20))
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+    task.cancel()
+    await asyncio.wait([task])
+loop = asyncio.new_event_loop()
+loop.run_until_complete(main())
+loop.close()
+"""
+
+
 @slow
 class Ended(Processes):
     """A process that ends by itself, with calls that it has left."""
@@ -661,16 +676,7 @@ sys.stdin.readline()
         """With the cache off, a cancelled call's replies are of no use to anybody."""
         gate = Gate()
         server = self.serve(gate)
-        process = self.begin(server.url, """
-async def main():
-    task = asyncio.ensure_future(client.agenerate("q", 20))
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
-    task.cancel()
-    await asyncio.wait([task])
-loop = asyncio.new_event_loop()
-loop.run_until_complete(main())
-loop.close()
-""", use_cache=False)
+        process = self.begin(server.url, CANCELLED, use_cache=False)
         self.assertTrue(gate.reached(4))
         self.say(process)
         self.assertEqual(self.ended(process), (0, "", ""))
@@ -678,16 +684,7 @@ loop.close()
     def test_a_cancelled_backoff_does_not_hold_the_exit(self):
         """No reply is on its way: there is nothing to wait for."""
         server = self.serve(Reply(429, {"error": {"message": "slow down"}}, {"Retry-After": "300"}))
-        process = self.begin(server.url, """
-async def main():
-    task = asyncio.ensure_future(client.agenerate("q", 20))
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
-    task.cancel()
-    await asyncio.wait([task])
-loop = asyncio.new_event_loop()
-loop.run_until_complete(main())
-loop.close()
-""")
+        process = self.begin(server.url, CANCELLED)
         self.assertTrue(eventually(lambda: server.requests))
         self.say(process)
         self.assertEqual(self.ended(process), (0, "", ""))

@@ -8,6 +8,7 @@ import os
 import queue
 import socket
 import ssl
+import sys
 import threading
 import time
 import unittest
@@ -598,6 +599,19 @@ class TLS(Wired):
             client = self.client(server, max_concurrency=1, max_retries=0)
             self.assertEqual(len(client.generate("q", 5)), 5)
         self.assertEqual(server.connections, 1)
+
+    @unittest.skipUnless(sys.version_info >= (3, 13), "earlier Pythons accept such certificates")
+    def test_a_trusted_certificate_that_lacks_what_is_asked_for_now(self):
+        """lenient.pem has no Authority Key Identifier, as those of many companies; authority.pem issued it."""
+        folder = os.path.dirname(CERTIFICATE)
+        server = self.serve(tls=True)
+        server.context.load_cert_chain(os.path.join(folder, "lenient.pem"))
+        with environment(SSL_CERT_FILE=os.path.join(folder, "authority.pem")):
+            error = self.fails(server.url, max_retries=3)
+        self.assertFalse(error.retryable)
+        self.assertIn("Authority Key Identifier", error.message)
+        self.assertIn("Python 3.13", error.advice)
+        self.assertNotIn("SSL_CERT_FILE", error.advice)
 
     def test_a_kept_connection_that_was_closed_is_replaced(self):
         server = self.serve(tls=True)
