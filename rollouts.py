@@ -177,7 +177,6 @@ class _Provider(NamedTuple):
     omits: tuple[tuple[str, str], ...] = ()  # (pattern of models, default field that they refuse)
     echoes: bool = False  # its replies begin with the injected text
     raw_completions: bool = True  # /completions takes a prompt as it is
-    keeps_connections: bool = True
     headers: Mapping[str, str] = {}
 
 
@@ -222,7 +221,7 @@ _PROVIDERS = {
     # repeat what was injected; each kept connection binds a thread of its small pool for 5 s.
     "llamacpp": _Provider(
         "http://localhost:8080/v1", prefill="reasoning_content", needs_key=False, echoes=True,
-        keeps_connections=False),
+        headers={"Connection": "close"}),
     # Its /completions applies the chat template and drops the thought (observed with 0.33).
     "ollama": _Provider("http://localhost:11434/v1", needs_key=False, raw_completions=False),
     # Always begins a new turn, and labels it as reasoning (observed with 0.32).
@@ -2138,18 +2137,17 @@ class _Reply(http.client.HTTPResponse):
                 self.fields[name.strip().lower()] = value.strip()
                 if len(self.fields) > 100:
                     raise http.client.HTTPException("more than 100 headers")
-        connection = self.fields.get("connection", "").lower()
         length = self.fields.get("content-length", "")
-        self.code = self.status
         self.chunked = self.fields.get("transfer-encoding", "").lower() == "chunked"
         self.chunk_left = None
-        is_counted = length.isdecimal() and len(length) < 20 and not self.chunked
-        self.length = int(length) if is_counted else None
+        self.length = None
         if self.status in (204, 304):
             self.length = 0
-        has_end = self.chunked or self.length is not None
+        elif length.isdecimal() and len(length) < 20 and not self.chunked:
+            self.length = int(length)
+        connection = self.fields.get("connection", "").lower()
         is_kept = "keep-alive" in connection if version == "HTTP/1.0" else "close" not in connection
-        self.will_close = not (has_end and is_kept)
+        self.will_close = not is_kept or (self.length is None and not self.chunked)
 
     def _line(self) -> str:
         """A line of the head, without its end. RemoteDisconnected where there is none."""
@@ -2160,41 +2158,35 @@ class _Reply(http.client.HTTPResponse):
             raise http.client.LineTooLong("header line")
         return line.decode("iso-8859-1").rstrip("\r\n")
 
-    def read_all(self) -> _Body:
+    def receive(self) -> _Body:
         """The body as far as it comes. A stream is over with its [DONE]."""
         pieces: list[bytes] = []
-        broken: Optional[Exception] = None
         is_done = False
+        left = self.length  # read1 counts it down from Python 3.12 on only
         try:
-            if (self.length or 0) > _LONGEST_REPLY:
+            if (left or 0) > _LONGEST_REPLY:
                 raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
-            left = self.length  # read1 counts it down from Python 3.12 on only
-            while not self.isclosed() and left != 0:
-                piece = self.read1(65536 if left is None else min(left, 65536))
-                if not piece:
-                    break
+            while left != 0 and (piece := self.read1(min(left or 65536, 65536))):
                 pieces.append(piece)
-                left = None if left is None else left - len(piece)
-                if not is_done and _DONE.search(b"".join(pieces[-2:])):
+                if left is not None:
+                    left -= len(piece)
+                elif not is_done and _DONE.search(b"".join(pieces[-2:])):
                     is_done = True
-                    limit = time.monotonic() + _LAST_CHUNK
-                    self.connection.deadline = min(self.connection.deadline, limit)
+                    self.connection.shorten(_LAST_CHUNK)
             if left:
                 raise http.client.IncompleteRead(b"", left)
-            if left == 0:
-                self.close()
+            self.close()
         except (OSError, http.client.HTTPException) as error:
             if not is_done:
-                broken = error
-        return _Body(self.status, self.fields, b"".join(pieces), broken)
+                return _Body(self.status, self.fields, b"".join(pieces), error)
+        return _Body(self.status, self.fields, b"".join(pieces))
 
-    @property
     def may_be_kept(self) -> bool:
         """Whether the connection can be used again, and the server does not mind its being kept."""
         seconds = re.search(r"timeout=(\d+)", self.fields.get("keep-alive", ""))
         is_short = seconds is not None and int(seconds[1]) < _SHORT_KEEP_ALIVE
-        return self.isclosed() and not self.will_close and not is_short and (
-            self.fields.get("server") != "llama.cpp")
+        is_short = is_short or self.fields.get("server") == "llama.cpp"
+        return self.isclosed() and not self.will_close and not is_short
 
 
 class _Connection:
@@ -2208,19 +2200,22 @@ class _Connection:
         self.key = key
         self.sock: Any = None
         self.idle_since = 0.0
-        self.deadline = 0.0  # by time.monotonic()
-        self.received = 0  # bytes since the request
-        self.is_cancelled: Callable[[], bool] = bool
 
     def begin(self, request: _Post) -> None:
-        self.deadline, self.is_cancelled = request.deadline, request.is_cancelled
-        self.received = 0
+        self._deadline, self._is_cancelled = request.deadline, request.is_cancelled
+        self._slice_end = 0.0  # when to look again whether to go on
+        self.received = 0  # bytes since the request
 
-    def _remaining(self) -> float:
+    def shorten(self, seconds: float) -> None:
+        """End the request under way in *seconds*, if not before."""
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+        self._slice_end = 0.0
+
+    def _next_slice(self) -> float:
         """Seconds of the next wait. TimeoutError: the deadline is over. _GivenUp: nobody waits."""
-        if self.is_cancelled():
+        if self._is_cancelled():
             raise _GivenUp
-        remaining = self.deadline - time.monotonic()
+        remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("the deadline is over")
         return min(remaining, _SLICE)
@@ -2228,14 +2223,17 @@ class _Connection:
     def _wait(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """Do what may block, in short waits. TLS too goes on where a wait ended (documented)."""
         while True:
-            seconds = self._remaining()
-            if self.sock.gettimeout() != seconds:  # to set it is a system call
-                self.sock.settimeout(seconds)
+            if time.monotonic() >= self._slice_end:
+                seconds = self._next_slice()
+                self._slice_end = time.monotonic() + seconds
+                if self.sock.gettimeout() != seconds:  # to set it is a system call
+                    self.sock.settimeout(seconds)
             try:
                 return operation(*arguments)
             except (TimeoutError, socket.timeout) as error:
                 if error.errno:  # keepalive gave up
                     raise
+                self._slice_end = 0.0
 
     def receive(self, buffer: Any) -> int:
         count = int(self._wait(self.sock.recv_into, buffer))
@@ -2244,9 +2242,10 @@ class _Connection:
             raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
         return count
 
-    def _send(self, data: bytes) -> None:
-        """Send *data*. An end that closes may have sent its reply before it had read all."""
-        rest = memoryview(data)
+    def _send(self, start: str, headers: Mapping[str, str], body: bytes = b"") -> None:
+        """Send a request. An end that closes may have sent its reply before it had read all."""
+        lines = [start, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        rest = memoryview("\r\n".join(lines).encode("latin-1") + body)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             while rest:
                 rest = rest[self._wait(self.sock.send, rest):]
@@ -2262,15 +2261,12 @@ class _Connection:
             raise http.client.InvalidURL(str(error)) from error
         self._connect_to(str(address.hostname), port)
         if tunnel:
-            target = urllib.parse.urlsplit("//" + tunnel)
-            where = f"{target.hostname}:{target.port or 443}"
-            lines = [f"CONNECT {where} HTTP/1.1", f"Host: {where}"]
-            lines += [f"{name}: {value}" for name, value in proxy_headers.items()]
-            self._send("\r\n".join((*lines, "", "")).encode("latin-1"))
+            address = urllib.parse.urlsplit("//" + tunnel)
+            where = f"{address.hostname}:{address.port or 443}"
+            self._send(f"CONNECT {where} HTTP/1.1", {"Host": where, **proxy_headers})
             reply = _Reply(self)
             if reply.status != 200:
                 raise OSError(f"Tunnel connection failed: {reply.status} {reply.reason}")
-            address = target
         if context is not None:
             self.sock = context.wrap_socket(
                 self.sock, server_hostname=address.hostname, do_handshake_on_connect=False)
@@ -2287,7 +2283,7 @@ class _Connection:
             except OSError as error:
                 self.close()
                 failure = error
-                self._remaining()  # raises where it is the deadline that is over
+                self._next_slice()  # raises where it is the deadline that is over
                 continue
             with contextlib.suppress(OSError):  # a sandbox may not let us
                 self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2301,30 +2297,29 @@ class _Connection:
     def _await_connection(self, code: int) -> None:
         """Wait until the socket is connected. *code*: connect_ex's. OSError: it is refused."""
         limit = time.monotonic() + _CONNECT_TIMEOUT
-        with _Selector() as selector:
-            selector.register(self.sock, selectors.EVENT_WRITE)
-            while code in _IN_PROGRESS:
-                if time.monotonic() > limit:
-                    raise ConnectionError(f"no connection within {_CONNECT_TIMEOUT:g} s")
-                if selector.select(self._remaining()):
-                    code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        while code in _IN_PROGRESS:
+            if time.monotonic() > limit:
+                raise ConnectionError(f"no connection within {_CONNECT_TIMEOUT:g} s")
+            if self._is_ready(selectors.EVENT_WRITE, self._next_slice()):
+                code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
 
+    def _is_ready(self, event: int, seconds: float) -> bool:
+        """Whether the socket can be read from, or written to, within *seconds*."""
+        with _Selector() as selector:
+            selector.register(self.sock, event)
+            return bool(selector.select(seconds))
+
     def post(self, selector: str, headers: Mapping[str, str], body: bytes) -> _Reply:
         """Send a request in one piece, and read the head of its reply."""
-        lines = [f"POST {selector} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self._send("\r\n".join((*lines, "", "")).encode("latin-1") + body)
+        self._send(f"POST {selector} HTTP/1.1", headers, body)
         return _Reply(self)
 
     def is_alive(self) -> bool:
         """Whether the server has neither closed this idle connection nor sent anything on it."""
-        if time.monotonic() - self.idle_since > _IDLE_CONNECTION:
-            return False
-        with _Selector() as selector:
-            selector.register(self.sock, selectors.EVENT_READ)
-            return not selector.select(0)
+        is_young = time.monotonic() - self.idle_since < _IDLE_CONNECTION
+        return is_young and not self._is_ready(selectors.EVENT_READ, 0)
 
     def close(self) -> None:
         if self.sock is not None:
@@ -2347,27 +2342,27 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         self._context: Optional[ssl.SSLContext] = None
         self._is_closed = False
 
-    @contextlib.contextmanager
     def post(
-        self, url: str, headers: dict[str, str], body: bytes, timeout: float, keep: bool,
+        self, url: str, headers: dict[str, str], body: bytes, timeout: float,
         is_cancelled: Callable[[], bool],
-    ) -> Iterator[_Reply]:
-        """The reply, within *timeout* seconds in all. *keep*: the connection may be used again."""
+    ) -> _Body:
+        """Send a request, and receive its reply, within *timeout* seconds in all."""
         self._refuse_socks(url)
         request = _Post(url, body, headers)
         request.deadline, request.is_cancelled = time.monotonic() + timeout, is_cancelled
-        reply = self._opener.open(request, timeout=timeout)
+        reply = self._opener.open(request)
         assert isinstance(reply, _Reply)
-        connection = reply.connection
+        connection, is_kept = reply.connection, False
         try:
-            yield reply
-        finally:
+            received = reply.receive()
             connection.idle_since = time.monotonic()
             with self._lock:
-                keep = keep and reply.may_be_kept and not self._is_closed
-                if keep:
+                is_kept = reply.may_be_kept() and not self._is_closed
+                if is_kept:
                     self._idle.setdefault(connection.key, []).append(connection)
-            if not keep:
+            return received
+        finally:
+            if not is_kept:
                 reply.close()
                 connection.close()
 
@@ -2393,13 +2388,14 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         headers = {name.title(): value for name, value in request.header_items()}
         target = urllib.parse.urlsplit(request.full_url).netloc
         # ProxyHandler makes the proxy the host; to an https address a tunnel leads through it.
-        tunnel = target if request.type == "https" and request.host != target else ""
-        proxy_headers = {}
+        tunnel, context, proxy_headers = "", None, {}
+        if request.type == "https":
+            context = self._tls_context()
+            tunnel = target if request.host != target else ""
         if tunnel and "Proxy-Authorization" in headers:
             proxy_headers["Proxy-Authorization"] = headers.pop("Proxy-Authorization")
-        context = self._tls_context() if request.type == "https" else None
+        key = (request.type, request.host, tunnel)
         while True:
-            key = (request.type, request.host, tunnel)
             kept = self._kept(key)
             connection = kept or _Connection(key)
             connection.begin(request)
@@ -3727,12 +3723,9 @@ class RolloutsClient:
         streamed = _is_streamed(config, api.provider)
         payload = request.payload(sample.seed, streamed)
 
-        def exchange() -> _Body:
-            with self._transport.post(
-                    request.url, headers, payload, config.timeout, api.provider.keeps_connections,
-                    sample.is_given_up) as reply:
-                return reply.read_all()
-
+        exchange = functools.partial(
+            self._transport.post, request.url, headers, payload, config.timeout,
+            sample.is_given_up)
         try:
             body = self._patiently(exchange, sample.is_unwanted)
             response, recognised = _read_reply(api, request, sample.seed, body, streamed)
