@@ -2966,26 +2966,26 @@ class _Verdicts:
     """
 
     def __init__(self) -> None:
-        self._succeeded: set[Optional[int]] = set()  # prompts by number, None for the call
-        self._in_a_row: Counter[Optional[int]] = Counter()  # refusals since the last success
-        self._latest: dict[Optional[int], APIError] = {}
+        # Scopes are prompts by their numbers, and None for the call.
+        self._succeeded: set[Optional[int]] = set()
+        self._refusals: dict[Optional[int], list[APIError]] = {}  # since the latest success
 
     def record(self, prompt: int, outcome: _Outcome) -> None:
         """Note what came of a sample of *prompt*."""
         if isinstance(outcome, Response):
             for scope in (prompt,) if outcome.cached else (prompt, None):
                 self._succeeded.add(scope)
-                self._in_a_row[scope] = 0
+                self._refusals.pop(scope, None)
         elif not outcome.retryable:
             scope = prompt if outcome.status in _PROMPT_STATUSES else None
-            self._in_a_row[scope] += 1
-            self._latest[scope] = outcome
+            self._refusals.setdefault(scope, []).append(outcome)
 
     def why_stopped(self, prompt: Optional[int] = None) -> Optional[APIError]:
         """The refusal that stops *prompt*, or the whole call; None where samples may be sent."""
-        for scope in {prompt, None}:
-            if self._in_a_row[scope] > (_PATIENCE if scope in self._succeeded else 0):
-                return self._latest[scope]
+        for scope in (None, prompt) if self._refusals else ():
+            refusals = self._refusals.get(scope, [])
+            if len(refusals) > (_PATIENCE if scope in self._succeeded else 0):
+                return refusals[-1]
         return None
 
 
@@ -2998,14 +2998,18 @@ def _exits_by_interrupt() -> bool:
     return getattr(sys, "last_type", None) is KeyboardInterrupt and not _is_interactive()
 
 
-class _Sample:
-    """A sample under way, shared by every call that asks for the very same."""
+class _Sample(Future[Optional[_Outcome]]):
+    """A sample under way, for which every call waits that asks for the very same.
+
+    Its result is None where nobody wanted it any more.
+    """
 
     def __init__(self, key: Hashable, call: Any, index: int, seed: int) -> None:
+        super().__init__()
         self.key = key
         self.call, self.index, self.seed = call, index, seed  # the _Call that draws it
+        self.request: _Request = call.requests[index]
         self.waiting = [(call, index)]  # all that wait for it
-        self.future: Future[Optional[_Outcome]] = Future()  # None: nobody wanted it any more
         self.notes: list[tuple[str, str]] = []  # (kind, text) of what the call is to warn
 
     def is_unwanted(self) -> bool:
@@ -3036,6 +3040,7 @@ class _Call:
         self.config, self.api, self.cache, self.requests = config, api, cache, requests
         first = config.seed or 0
         self.seeds = range(first, first + n)
+        self.total = len(requests) * n
         self.outcomes: list[dict[int, _Outcome]] = [{} for _ in requests]
         self.verdicts = _Verdicts()
         self.in_flight = 0
@@ -3049,19 +3054,13 @@ class _Call:
         self._stopped: dict[int, Iterator[int]] = {}  # prompts that are refused, and their seeds
 
     @property
-    def total(self) -> int:
-        return len(self.requests) * len(self.seeds)
+    def done(self) -> int:
+        return sum(map(len, self.outcomes))
 
     def is_given_up(self) -> bool:
         """Whether replies that are still on their way serve nobody: see _Sample."""
         is_left = self.loop is not None and self.loop.is_closed() and not _is_interactive()
         return self.is_over and (self.cache is None or self.was_interrupted or is_left)
-
-    def store_found(self, index: int, found: Mapping[int, Response]) -> None:
-        """Take what the cache holds of a prompt."""
-        self.outcomes[index].update(found)
-        for response in found.values():
-            self.verdicts.record(index, response)
 
     def next(self) -> Optional[tuple[int, int]]:
         """(index of its request, seed) of the next sample; None: none may be sent now."""
@@ -3086,59 +3085,68 @@ class _Call:
                     self.loop.call_soon_threadsafe(self.wakeup)
 
         self.in_flight += 1
-        sample.future.add_done_callback(arrive)
+        sample.add_done_callback(arrive)
 
     def take(self, seconds: float = 0.0) -> None:
         """Record all that is done, after a wait of up to *seconds* for the first."""
         with contextlib.suppress(queue.Empty):
-            self._record(*self._done.get(seconds > 0, seconds or None))
+            self._take(*self._done.get(seconds > 0, seconds or None))
             while True:
-                self._record(*self._done.get_nowait())
+                self._take(*self._done.get_nowait())
 
-    def _record(self, index: int, seed: int, sample: _Sample) -> None:
+    def _take(self, index: int, seed: int, sample: _Sample) -> None:
         self.in_flight -= 1
         # Raises a defect of the worker's: it must not vanish with its thread.
-        outcome = sample.future.result()
-        if outcome is None:  # its scope was stopped meanwhile
-            if _exits_by_interrupt():
-                raise RolloutsError("the interpreter exits")
+        outcome = sample.result()
+        if outcome is None:  # not sent; next() says whether it is still to be
             self._waiting.append((index, iter((seed,))))
             return
-        is_own = (sample.call, sample.index) == (self, index)
-        if not is_own:
-            self.say(index, seed, "from the same sample of another call")
-        elif sample.notes:
+        if (sample.call, sample.index) == (self, index):
             for kind, text in sample.notes:
-                if kind != "server" or text not in self.notes[kind]:  # of a server one says it
-                    self.notes[kind].append(text)
-        if isinstance(outcome, Response) and not is_own:
-            outcome = dataclasses.replace(outcome, cached=True)
-        self.outcomes[index][seed] = outcome
-        self.verdicts.record(index, outcome)
-        if isinstance(outcome, Response):
-            if index in self._stopped:
-                self._waiting.appendleft((index, self._stopped.pop(index)))
+                self.notes[kind].append(text)
+        else:
+            self.say(index, seed, "from the same sample of another call")
+            if isinstance(outcome, Response):
+                outcome = dataclasses.replace(outcome, cached=True)
+        self.record(index, seed, outcome)
+        if isinstance(outcome, APIError):
+            self.count(done=1, failed=1)
+        else:
             cost = 0.0 if outcome.cached else outcome.usage.cost
             self.count(done=1, cached=int(outcome.cached), cost=cost)
-        else:
-            self.count(done=1, failed=1)
+
+    def record(self, index: int, seed: int, outcome: _Outcome) -> None:
+        """Keep what came of a sample, from the cache or from the API."""
+        self.outcomes[index][seed] = outcome
+        self.verdicts.record(index, outcome)
+        if isinstance(outcome, Response) and index in self._stopped:
+            self._waiting.appendleft((index, self._stopped.pop(index)))
 
     def fail_the_rest(self, problem: str = "") -> None:
         """An error for each sample never sent: *problem*, or the refusal that stopped its scope."""
         for index, seeds in (*self._stopped.items(), *self._waiting):
-            refusal = None if problem else self.verdicts.why_stopped(index)
             error = APIError(problem, provider=self.api.name)
-            if refusal is not None:
+            refusal = self.verdicts.why_stopped(index)
+            if refusal is not None and not problem:
                 status = f"HTTP {refusal.status}: " if refusal.status else ""
                 why = f"never sent, as seed {refusal.seed} was refused: {status}{refusal.message}"
                 error = APIError(why, provider=self.api.name, advice=refusal.advice)
             for seed in seeds:
-                if seed not in self.outcomes[index]:
-                    self.outcomes[index][seed] = error._with_seed(seed)
+                self.outcomes[index].setdefault(seed, error._with_seed(seed))
 
     def count(self, **more: float) -> None:
-        if self.tally is not None and any(more.values()):
+        if self.tally is not None:
             _progress.count(self.tally, **more)
+
+    @contextlib.contextmanager
+    def shown(self, state: str, reason: str) -> Iterator[None]:
+        """Count a sample as "waiting" or "retrying" within the block."""
+        _progress.reason = reason
+        self.count(**{state: 1})
+        try:
+            yield
+        finally:
+            self.count(**{state: -1})
 
     def say(self, index: int, seed: int, text: str) -> None:
         sample = f"prompt {index}, seed {seed}" if len(self.requests) > 1 else f"seed {seed}"
@@ -3148,20 +3156,22 @@ class _Call:
 
     def results(self) -> list[Rollouts]:
         """What the call returns, raises and warns of."""
-        outcomes = [each for found in self.outcomes for each in found.values()]
-        errors = [each for each in outcomes if isinstance(each, APIError)]
+        results = [self._rollouts(*each) for each in zip(self.requests, self.outcomes)]
+        errors = [error for rollouts in results for error in rollouts.errors]
         failure = None
-        if errors and len(errors) == len(outcomes) and not self.config.offline:
+        if self.config.offline:
+            errors = []
+        elif errors and len(errors) == self.total:
             was_sent = [
                 error for error in errors
                 if error.status is not None or not error.message.startswith("never sent")]
             failure = min(was_sent, key=lambda error: error.seed or 0)
-        results = [self._rollouts(*each) for each in zip(self.requests, self.outcomes)]
-        shortfall = [] if failure or self.config.offline else [str(error) for error in errors]
+            errors = []
         # Where warnings are errors, this one must not hide what failed.
         with contextlib.suppress(UserWarning) if failure else contextlib.nullcontext():
-            troubles = "; ".join(self._troubles(shortfall))
-            for text in filter(None, (troubles, *self.notes["server"], *self._doubts(results))):
+            troubles = "; ".join(self._troubles([str(error) for error in errors]))
+            server_notes = dict.fromkeys(self.notes["server"])
+            for text in filter(None, (troubles, *server_notes, *self._doubts(results))):
                 _warn(text)
         if failure is not None:
             raise failure
@@ -3225,7 +3235,6 @@ _PROBES = {
     "an open thought": "<think>\nBefore I come to that, a quick sum to warm up: 2 x 4 =",
     "a forced answer": "<think>\nI shall count before I answer.\n</think>\n\n1, 2, 3, 4, 5, 6, 7,",
 }
-_CLIENTS_SEED: Any = ...  # the default of a call's seed, as None means that none is sent
 # What a forked child must not close, as it is the parent's: referred to here for ever.
 _clients_of_the_parent: list[Any] = []
 
@@ -3381,8 +3390,7 @@ class RolloutsClient:
         self._release()
 
     def generate(
-        self, prompt: Prompt, n_samples: int = 1, *, seed: Optional[int] = _CLIENTS_SEED,
-        **overrides: Any,
+        self, prompt: Prompt, n_samples: int = 1, **overrides: Any
     ) -> Rollouts:
         """Return *n_samples* samples of *prompt*, from the cache or from the API.
 
@@ -3395,15 +3403,13 @@ class RolloutsClient:
 
         What fails after all retries stands in ``rollouts.errors``, and a warning counts it.
         APIError is raised only where there is nothing to return, not one sample. With offline=True
-        nothing is
-        sent, raised or warned about: what is not in the cache stands in ``errors``.
+        nothing is sent, raised or warned about: what is not in the cache stands in ``errors``.
         ValueError: an argument is wrong, or the model cannot continue an assistant message.
         """
-        return self._run([prompt], n_samples, seed, overrides)[0]
+        return self._run([prompt], n_samples, overrides)[0]
 
     async def agenerate(
-        self, prompt: Prompt, n_samples: int = 1, *, seed: Optional[int] = _CLIENTS_SEED,
-        **overrides: Any,
+        self, prompt: Prompt, n_samples: int = 1, **overrides: Any
     ) -> Rollouts:
         """Do as generate() does, in an event loop; any number of them may be under way at once.
 
@@ -3411,7 +3417,7 @@ class RolloutsClient:
         """
         import asyncio
 
-        call = self._prepare([prompt], n_samples, seed, overrides)
+        call = self._prepare([prompt], n_samples, overrides)
         await asyncio.to_thread(self._look_up, call)
         arrived = asyncio.Event()
         call.loop, call.wakeup = asyncio.get_running_loop(), arrived.set
@@ -3426,8 +3432,7 @@ class RolloutsClient:
         return call.results()[0]
 
     def generate_many(
-        self, prompts: Iterable[Prompt], n_samples: int = 1, *,
-        seed: Optional[int] = _CLIENTS_SEED, **overrides: Any,
+        self, prompts: Iterable[Prompt], n_samples: int = 1, **overrides: Any
     ) -> list[Rollouts]:
         """Return *n_samples* samples of each of *prompts*, all through one queue.
 
@@ -3436,7 +3441,7 @@ class RolloutsClient:
         """
         if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
             raise ValueError("prompts takes a list of prompts; for one prompt there is generate()")
-        return self._run(list(prompts), n_samples, seed, overrides)
+        return self._run(list(prompts), n_samples, overrides)
 
     def resample(
         self, prompt: Prompt, reasoning: Union[str, Response, Sequence[str]], n_samples: int, *,
@@ -3447,10 +3452,9 @@ class RolloutsClient:
         *reasoning* is a thought without its tags, which split_sentences() cuts; the Response that
         has it; or a list of parts of your own whose concatenation is the thought. i runs from 0 to
         the number of parts, both included, or over *at*, whose order the results keep. Each says
-        which
-        it is: ``rollouts.at`` is i, ``rollouts.prefix`` the text of the parts that were kept,
-        without white space at its end. Continuations of prefix i are "without" part i, those of
-        prefix i + 1 "with" it. *suffix* is added to each prefix: ``"\\n</think>\\n\\nTherefore,
+        which it is: ``rollouts.at`` is i, ``rollouts.prefix`` the text of the parts that were
+        kept, without white space at its end. Continuations of prefix i are "without" part i, those
+        of prefix i + 1 "with" it. *suffix* is added to each prefix: ``"\\n</think>\\n\\nTherefore,
         the final answer is \\\\boxed{"`` forces the answer. Where *prompt* ends in an open thought
         already, *reasoning* goes on from there. Errors: as from generate_many().
         """
@@ -3510,10 +3514,10 @@ class RolloutsClient:
         return bool(re.match(r"\W*8\b(?![.,]\d)", text or ""))
 
     def _run(
-        self, prompts: list[Prompt], n_samples: int, seed: Any, overrides: dict[str, Any]
+        self, prompts: list[Prompt], n_samples: int, overrides: dict[str, Any]
     ) -> list[Rollouts]:
         """The blocking twin of agenerate()."""
-        call = self._prepare(prompts, n_samples, seed, overrides)
+        call = self._prepare(prompts, n_samples, overrides)
         self._look_up(call)
         with self._under_way(call):
             while self._fill(call):
@@ -3521,7 +3525,7 @@ class RolloutsClient:
         return call.results()
 
     def _prepare(
-        self, prompts: list[Prompt], n_samples: int, seed: Any, overrides: dict[str, Any]
+        self, prompts: list[Prompt], n_samples: int, overrides: dict[str, Any]
     ) -> _Call:
         """Check the arguments and make the requests: no I/O."""
         if self._pid != os.getpid():  # forked
@@ -3531,8 +3535,6 @@ class RolloutsClient:
         if self._is_closed:
             raise RolloutsError("the client is closed")
         n_samples = _integer(1, 10**9)("n_samples", n_samples)
-        if seed is not _CLIENTS_SEED:
-            overrides["seed"] = seed
         config, api = _for_call(self._config, overrides)
         _integer(0)("seed + n_samples - 1", (config.seed or 0) + n_samples - 1)
         if config.offline and not config.use_cache:
@@ -3557,9 +3559,12 @@ class RolloutsClient:
                 found = self._patiently(get, bool)
             except OSError as error:  # to pay again for what is there would be worse
                 raise RolloutsError(f"the cache cannot be read just now: {error}") from error
-            call.store_found(index, found)
-            for seed in found if call.config.verbose else ():
-                call.say(index, seed, "from the cache")
+            for seed, response in found.items():
+                call.record(index, seed, response)
+                if call.config.verbose:
+                    call.say(index, seed, "from the cache")
+        if call.config.offline:
+            call.fail_the_rest("not in the cache, and offline=True sends nothing")
 
     def _patiently(self, operation: Callable[[], Any], is_cancelled: Callable[[], bool]) -> Any:
         """Do *operation*; under a passing lack, close idle connections, wait and try again."""
@@ -3578,11 +3583,8 @@ class RolloutsClient:
     @contextlib.contextmanager
     def _under_way(self, call: _Call) -> Iterator[None]:
         """Show *call* as under way; it is over with the block, however that ends."""
-        done = sum(map(len, call.outcomes))
-        if call.config.offline:
-            call.fail_the_rest("not in the cache, and offline=True sends nothing")
-        elif done < call.total and call.config.progress_bar:
-            call.tally = _progress.begin(call.total, done)
+        if call.done < call.total and call.config.progress_bar:
+            call.tally = _progress.begin(call.total, call.done)
         try:
             yield
         except KeyboardInterrupt:
@@ -3591,12 +3593,10 @@ class RolloutsClient:
         finally:
             call.is_over = True
             if call.tally is not None:
-                _progress.end(call.total - sum(map(len, call.outcomes)))
+                _progress.end(call.total - call.done)
 
     def _fill(self, call: _Call) -> bool:
         """Submit samples of *call* up to its width; False where it has come to its end."""
-        if call.config.offline:
-            return False
         while call.in_flight < call.config.max_concurrency and not self._is_closed:
             job = call.next()
             if job is None:
@@ -3612,17 +3612,18 @@ class RolloutsClient:
 
     def _submit(self, call: _Call, index: int, seed: int) -> None:
         """Let a thread draw a sample, or wait for the one that draws the same already."""
-        request, api, config = call.requests[index], call.api, call.config
-        key = (id(call.cache), api.key, request.url, request.key, seed, config.max_retries)
+        key: Hashable = object()  # with the cache off no sample is shared
+        if call.cache is not None:
+            request, retries = call.requests[index], call.config.max_retries
+            key = (id(call.cache), call.api.key, request.url, request.key, seed, retries)
         with self._lock:
-            sample = self._in_flight.get(key) if call.cache else None
+            sample = self._in_flight.get(key)
             if sample is not None:
                 sample.waiting.append((call, index))
                 call.expect(index, seed, sample)
                 return
-            sample = _Sample(key if call.cache else object(), call, index, seed)
-            self._in_flight[sample.key] = sample
-        width = config.max_concurrency
+            sample = self._in_flight[key] = _Sample(key, call, index, seed)
+        width = call.config.max_concurrency
         executor = self._executors.get(width) or self._executors.setdefault(
             width, ThreadPoolExecutor(width, "rollouts"))
         try:
@@ -3630,25 +3631,22 @@ class RolloutsClient:
             call.expect(index, seed, sample)
             executor.submit(self._draw, sample)
         except BaseException as error:
-            # Where the system has no more threads, those that there are draw it: it is in their
-            # queue.
-            why = str(error) if isinstance(error, RuntimeError) else ""
-            if "start new thread" in why and call.in_flight > 1:
-                return
-            self._finish(sample, RolloutsError(f"the sample was not sent: {error}"))
-            if "shutdown" in why:
-                raise RolloutsError("the client was closed, or the interpreter exits") from error
+            if "start new thread" in str(error) and call.in_flight > 1:
+                return  # it is in the queue of the threads that there are
+            self._finish(sample, None)
+            if isinstance(error, RuntimeError):
+                raise RolloutsError(f"the client can send nothing more: {error}") from error
             raise
 
     def _finish(self, sample: _Sample, outcome: Union[_Outcome, BaseException, None]) -> None:
         with self._lock:
             self._in_flight.pop(sample.key, None)
-        if sample.future.done():
+        if sample.done():
             return
-        if outcome is None or isinstance(outcome, (Response, APIError)):
-            sample.future.set_result(outcome)
+        if isinstance(outcome, BaseException) and not isinstance(outcome, APIError):
+            sample.set_exception(outcome)
         else:
-            sample.future.set_exception(outcome)
+            sample.set_result(outcome)
 
     def _draw(self, sample: _Sample) -> None:
         """Draw a sample, in a thread of its own."""
@@ -3657,25 +3655,19 @@ class RolloutsClient:
             # Another call may have finished this very sample since ours looked it up.
             outcome = self._stored(sample) or self._attempts(sample)
         except _GivenUp:
-            with self._lock:  # a call that joins in just now would wait in vain
-                is_unwanted = sample.is_unwanted()
-                if is_unwanted:
-                    self._in_flight.pop(sample.key, None)
-            if not is_unwanted:
-                self._draw(sample)
-                return
+            pass  # a call that joined in just now asks for it again
         except BaseException as error:
             outcome = error
         self._finish(sample, outcome)
 
     def _stored(self, sample: _Sample) -> Optional[Response]:
-        call, request = sample.call, sample.call.requests[sample.index]
-        if call.cache is None:
+        cache = sample.call.cache
+        if cache is None:
             return None
-        get = functools.partial(call.cache.get, request, (sample.seed,), [])
+        get = functools.partial(cache.get, sample.request, (sample.seed,), [])
         found: dict[int, Response] = self._patiently(get, sample.is_unwanted)
         if found:
-            call.say(sample.index, sample.seed, "from the cache")
+            sample.call.say(sample.index, sample.seed, "from the cache")
         return found.get(sample.seed)
 
     def _attempts(self, sample: _Sample) -> _Outcome:
@@ -3687,14 +3679,9 @@ class RolloutsClient:
             return _failure(api, "no API key", None, False, advice=advice)._with_seed(sample.seed)
         pacer = self._pacers.get(api.base_url) or self._pacers.setdefault(api.base_url, _Pacer())
         for attempt in itertools.count():
-            held = int(pacer.is_held)
-            if held:
-                _progress.reason = pacer.reason
-            call.count(waiting=held)
-            try:
+            held = pacer.is_held
+            with call.shown("waiting", pacer.reason) if held else contextlib.nullcontext():
                 pacer.wait(call.config.requests_per_minute, sample.is_unwanted)
-            finally:
-                call.count(waiting=-held)
             outcome = self._attempt(sample)
             if isinstance(outcome, Response):
                 return outcome
@@ -3707,16 +3694,14 @@ class RolloutsClient:
                 return outcome._with_seed(sample.seed)
             wait = _backoff(outcome, attempt, _clock.random())
             say(f"attempt {attempt + 1} failed, the next one in {wait:.1f} s: {outcome}")
-            _progress.reason = reason
-            call.count(retrying=1)
-            _clock.sleep(wait, sample.is_unwanted)
-            call.count(retrying=-1)
+            with call.shown("retrying", reason):
+                _clock.sleep(wait, sample.is_unwanted)
         raise AssertionError("itertools.count() ended")
 
     def _attempt(self, sample: _Sample) -> _Outcome:
         """What came of one request; a Response is in the cache by then."""
         call, config, api = sample.call, sample.call.config, sample.call.api
-        request, begun = call.requests[sample.index], time.monotonic()
+        request, begun = sample.request, time.monotonic()
         headers = {"Content-Type": "application/json", **api.provider.headers}
         if api.key:
             headers["Authorization"] = f"Bearer {api.key}"
