@@ -2357,7 +2357,9 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             received = reply.receive()
             connection.idle_since = time.monotonic()
             with self._lock:
+                # Where headers hold one, it asks the server to close it.
                 is_kept = reply.may_be_kept() and not self._is_closed
+                is_kept = is_kept and "Connection" not in headers
                 if is_kept:
                     self._idle.setdefault(connection.key, []).append(connection)
             return received
