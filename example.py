@@ -200,10 +200,15 @@ def as_html(steps: list[Step], model: str) -> str:
             f'{space}<mark id="s{number}" tabindex="0" {style}>{html.escape(text)}'
             f"<sup>{number}</sup>{card(number, step)}</mark>")
         bars.append(f'<a {style} href="#s{number}"><i></i><b></b>{number}</a>')
+    verdict = "No sentence stands out."
+    if top.importance:
+        verdict = (
+            f"Sentence {1 + steps.index(top)} matters most: where it stands, "
+            f"{accuracy(top.kept):.0%} of the answers are right; where the model writes something "
+            f"else in its place, {accuracy(top.different):.0%}.")
     return PAGE.substitute(
         question=html.escape(QUESTION), model=html.escape(model), correct=html.escape(CORRECT),
-        number=1 + steps.index(top), kept=f"{accuracy(top.kept):.0%}",
-        different=f"{accuracy(top.different):.0%}", trace="".join(trace), bars="".join(bars))
+        verdict=verdict, trace="".join(trace), bars="".join(bars))
 
 
 def look(kept: Answers, forced: Answers, shade: float = 0.0, direction: str = "up") -> str:
@@ -222,7 +227,7 @@ def card(number: int, step: Step) -> str:
         ("something else there", step.different),
         ("forced after it", step.forced), ("forced before it", step.forced_before),
     ):
-        counts = ", ".join(f"{key or 'none'} ×{count}" for key, count in answers.most_common())
+        counts = ", ".join(f"{key or 'none'}\u00a0×{count}" for key, count in answers.most_common())
         lines.append(
             f'{label}<i style="--right: {accuracy(answers):.2f}"></i>'
             f"<span>{html.escape(counts) or '–'}</span>")
@@ -237,7 +242,7 @@ PAGE = string.Template("""<!doctype html>
 .up { --hue: 29 111 216; }
 .down { --hue: 226 98 10; }
 body { margin: 0 auto; padding: 1rem 1rem 14rem; max-width: 46rem; background: Canvas;
-  color: CanvasText; font: 1rem/1.5 system-ui, sans-serif; }
+  color: CanvasText; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.35rem; line-height: 1.3; }
 h2 { font-size: 1rem; margin-top: 2.5rem; }
 .faint { color: color-mix(in srgb, CanvasText 70%, Canvas); font-size: .9rem; }
@@ -267,8 +272,7 @@ mark:hover .card { z-index: 1; }
 </style></head><body>
 <h1>$question</h1>
 <p class="faint">A thought of $model. The right answer is $correct.</p>
-<p>Sentence <a href="#s$number">$number</a> matters most: where it stands, $kept of the answers are
-right; where the model writes something else in its place, $different.</p>
+<p>$verdict</p>
 <p class="trace">$trace</p>
 <p class="faint">The stronger the shade, the more a sentence moves the answers (counterfactual KL
 divergence), to <mark class="up" style="--shade: 1">more right ones</mark> or to
