@@ -1,416 +1,350 @@
-"""Every feature of `rollouts`, each in a small function of its own.
+"""Which sentence of a thought decides the answer? The method of Thought Anchors, from end to end.
 
-    python example.py
+    python example.py [folder]
 
-With OPENROUTER_API_KEY set it asks OpenRouter for about 300 short replies, of at most 200 tokens each. Without,
-it starts a stand-in server on this machine and says so. Its caches live in a temporary directory.
+A model thinks about a problem, and its thought is cut into sentences. After each of them the model
+thinks on many times: where do the answers go if the sentence stands there, and where if the model
+writes another one in its place? (Bogdan, Macar, Nanda and Conmy, arXiv 2506.19143.)
+
+With OPENROUTER_API_KEY set it asks OpenRouter, for a few cents; without, a stand-in on this machine
+answers. The picture and the cache go into the folder, by default one for temporary files.
 """
 
 from __future__ import annotations
 
-import _thread
-import asyncio
-import hashlib
 import html
 import json
 import math
 import os
 import random
 import re
+import string
+import sys
 import tempfile
 import textwrap
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
-from rollouts import APIError, Config, Response, Rollouts, RolloutsClient, RolloutsError, create_client, split_sentences
+from rollouts import Response, RolloutsClient, split_sentences
 
-MODEL = "qwen/qwen3-30b-a3b"
-BRIEF: dict[str, Any] = {"max_tokens": 200, "timeout": 8, "max_retries": 1}  # so that a slow API cannot hold it up
-TIME_LIMIT = 20  # seconds
-
-
-# == Many samples ==================================================================================
-
-
-def many_samples() -> None:
-    """One prompt, five seeds, in the order of the seeds."""
-    client = RolloutsClient(MODEL, temperature=0.7, **BRIEF)
-    rollouts = client.generate("What is the meaning of life?", n_samples=5)
-    for response in rollouts:
-        print(f"seed {response.seed}: {shown(response.full)}")
-    print(rollouts, rollouts.get_finish_reasons(), f"{rollouts.get_total_tokens()} tokens")
-
-
-def many_prompts() -> None:
-    """Several prompts through one queue."""
-    client = RolloutsClient(MODEL, **BRIEF)
-    for rollouts in client.generate_many(["Name a colour.", "Name a river."], n_samples=3):
-        print(f"{rollouts.prompt}: {[shown(text, 30) for text in rollouts.get_contents()]}")
-
-
-def async_samples() -> None:
-    """Several calls under way at once in an event loop; in a notebook: `await client.agenerate(...)`."""
-    async def gather() -> list[Rollouts]:
-        client = RolloutsClient(MODEL, **BRIEF)
-        return list(await asyncio.gather(
-            client.agenerate("Explain quantum computing", n_samples=3),
-            client.agenerate("Write a haiku", n_samples=5, temperature=1.2)))
-
-    for rollouts in asyncio.run(gather()):
-        print(f"{len(rollouts)} responses to {rollouts.prompt!r} at temperature {rollouts.temperature}")
-
-
-# == Settings ======================================================================================
-
-
-def presets() -> None:
-    """A preset is a temperature with a name."""
-    for preset in ("deterministic", "creative"):
-        rollouts = create_client(MODEL, preset, **BRIEF).generate("Write a one-line story", n_samples=3)
-        print(f"{preset}: temperature {rollouts.temperature}, {len(set(rollouts.get_texts()))} different texts of 3")
-
-
-def overrides() -> None:
-    """Any setting for one call; None takes a field out of the request; what is no setting goes to the API."""
-    client = RolloutsClient(MODEL, temperature=0.7, **BRIEF)
-    rollouts = client.generate("Be creative!", n_samples=2, temperature=1.5, top_p=None, min_p=0.05, stop=["\n\n"])
-    print(f"temperature {rollouts.temperature}, top_p {rollouts.top_p}; the client's own is still {client.temperature}")
-
-
-def config() -> None:
-    """Settings as an object, to keep beside the results; a key given to it is in to_dict()."""
-    settings = Config(model=MODEL, temperature=0.8, presence_penalty=0.1, **BRIEF)
-    client = RolloutsClient(**settings.to_dict())
-    print(client)
-
-
-def keys() -> None:
-    """Three ways to give a key: the environment, the client, the call. It is shown nowhere."""
-    key = os.environ["OPENROUTER_API_KEY"]
-    client = RolloutsClient(MODEL, api_key=key, **BRIEF)
-    print(client.generate("Say hello.", api_key=key))
-    print(f"is the key in the client's repr? {'yes' if key in repr(client) else 'no'}")
-
-
-# == Reasoning =====================================================================================
-
-
-def thinking_injection() -> None:
-    """The model continues a thought that you began. No space at its end."""
-    client = RolloutsClient(MODEL, **BRIEF)
-    response = client.generate("Calculate 10*5\n<think>\nLet me calculate: 10*5=")[0]
-    print(f"it went on with {shown(response.reasoning or '', 40)!r} and answered {shown(response.content, 40)!r}")
-    try:
-        RolloutsClient("openai/gpt-oss-20b").generate("Calculate 10*5\n<think>\nLet me")
-    except ValueError as error:
-        print(f"not every model can: {shown(str(error), 90)}")
-
-
-def check_injection() -> None:
-    """Whether the model at its API really continues, found out with one cheap question."""
-    client = RolloutsClient(MODEL, **BRIEF)
-    print(f"{MODEL} continues an injected thought: {client.check_injection()}")
-
-
-# == Cache, limits, cost ===========================================================================
-
-
-def caching() -> None:
-    """What has arrived is never paid for again: as JSON files, or in a SQLite database."""
-    for kind in ("json", "sql"):
-        client = RolloutsClient(MODEL, use_cache=kind, cache_dir=f"cache_{kind}", **BRIEF)
-        client.generate("What is 2+2?", n_samples=2)
-        again = client.generate("What is 2+2?", n_samples=3)
-        files = [str(path) for path in sorted(Path(f"cache_{kind}").rglob("*")) if path.is_file()]
-        print(f"{kind}: asked for 3 after 2, {sum(response.cached for response in again)} came from the cache")
-        print(f"  {files[-1]}" if kind == "json" else f"  {files[0]}")
-
-
-def progress_bar() -> None:
-    """A line on stderr while several samples are under way, gone when they are done; it can be off."""
-    client = RolloutsClient(MODEL, progress_bar=True, **BRIEF)
-    client.generate("Write a story", n_samples=5)
-    client.generate("Write a silent story", n_samples=2, progress_bar=False)
-    client.generate("Write a story that is told step by step", n_samples=2, verbose=True)
-
-
-def rate_limit() -> None:
-    """No more than so many requests start in any minute, retries included."""
-    client = RolloutsClient(MODEL, requests_per_minute=600, max_concurrency=50, **BRIEF)
-    begun = time.monotonic()
-    client.generate("Name a number.", n_samples=15)
-    print(f"15 requests at 600 a minute took {time.monotonic() - begun:.1f} s")
-
-
-def cost() -> None:
-    """Tokens and US dollars: of all the responses, and of what this call really sent."""
-    client = RolloutsClient(MODEL, **BRIEF)
-    client.generate("What is 2+2?", n_samples=1)
-    rollouts = client.generate("What is 2+2?", n_samples=3)
-    for what, usage in (("all", rollouts.usage), ("spent", rollouts.spent)):
-        print(f"{what}: {usage.prompt_tokens} + {usage.completion_tokens} tokens, ${usage.cost:.6f}")
-
-
-# == Errors and other servers ======================================================================
-
-
-def errors() -> None:
-    """Wrong arguments are a ValueError before anything is sent; what the API refuses is an APIError."""
-    try:
-        RolloutsClient(MODEL, temperature=3)
-    except ValueError as error:
-        print(f"ValueError: {error}")
-    try:
-        RolloutsClient(MODEL, top_logprobs=5)
-    except NotImplementedError as error:
-        print(f"NotImplementedError: {shown(str(error), 80)}")
-    try:
-        RolloutsClient("nobody/no-such-model", **BRIEF).generate("Hello", n_samples=20)
-    except APIError as error:
-        print(f"APIError: {error}")
-
-
-def other_servers() -> None:
-    """Any OpenAI-compatible server by its address; other APIs by their name (provider="together")."""
-    url = os.environ.get("OPENROUTER_BASE_URL", "https://openrouter.ai/api/v1")
-    client = RolloutsClient(MODEL, base_url=url, api_key=os.environ["OPENROUTER_API_KEY"], **BRIEF)
-    print(f"{client.base_url} says {shown(client.generate('Say hello.')[0].content, 40)!r}")
-    routed = RolloutsClient(MODEL, provider={"sort": "price"}, **BRIEF)  # OpenRouter's own routing is a dict
-    print(f"routed by {routed.provider}: answered by {routed.generate('Say hello.')[0].provider}")
-
-
-# == Which sentence matters: the analysis of Thought Anchors (arXiv 2506.19143) =====================
-
-QUESTION = "When the base-16 number 66666 is written in base 2, how many digits does it have?"
+QUESTION = (
+    "When the base-16 number 66666 is written in base 2, how many digits does it have? "
+    "Put the number into \\boxed{}.")
 CORRECT = "19"
-TRACE = (
-    "I need the number of binary digits of 66666 in base 16. Each hexadecimal digit stands for exactly four bits. "
-    "There are five of them, so that would be 5 x 4 = 20 bits. But the leading digit 6 is 0110 in binary, and its "
-    "first zero does not count. Let me convert the number to be sure.\n\n66666 in base 16 is 419430 in decimal. "
-    "2^18 = 262144 and 2^19 = 524288. The number lies between these two. So the answer is settled.")
 FORCE = "\n</think>\n\nTherefore, the final answer is \\boxed{"
 
+MODEL = "qwen/qwen3-30b-a3b"
+# Hosts that were seen to continue a thought. Of any other, ask client.check_injection() first.
+PROVIDER = {"only": ["deepinfra", "novita", "nebius", "siliconflow"]}
+TRACE_SEED = 120  # the stand-in goes astray there, and finds back
+MOST_PARTS = 12  # a longer thought is cut into so many groups of sentences, which keeps it cheap
+FEWEST = 5  # from fewer samples no divergence is computed
+FOLDER = Path(tempfile.gettempdir(), "thought-anchors-" + os.environ.get("USER", "user"))
 
-def answer_of(response: Response) -> str | None:
-    found = re.search(r"\d+", response.content)
-    return found[0] if found else None
-
-
-def kl_divergence(p: Counter[str | None], q: Counter[str | None]) -> float:
-    """KL(p || q) in nats. Half a count is added to each answer, so that none counts as impossible."""
-    answers = p.keys() | q.keys()
-    all_p, all_q = (sum(counts.values()) + 0.5 * len(answers) for counts in (p, q))
-    return sum((p[a] + 0.5) / all_p * math.log((p[a] + 0.5) / all_p / ((q[a] + 0.5) / all_q)) for a in answers)
+Answers = Counter[Optional[str]]  # how often each answer came; None: none was given
 
 
-def thought_anchors(n_samples: int = 20) -> None:
-    """Draw the answer after every prefix of a trace, and see at which sentence the answers change."""
-    client = RolloutsClient(MODEL, temperature=0.7, **{**BRIEF, "max_tokens": 20})
-    sentences = split_sentences(TRACE)
-    prefixes = client.resample(QUESTION, TRACE, n_samples, suffix=FORCE)
-    answers = [rollouts.counts(answer_of) for rollouts in prefixes]  # after 0, 1, 2, … sentences
-    accuracy = [counts[CORRECT] / sum(counts.values()) for counts in answers]
-    rows = []
-    for i, sentence in enumerate(sentences):
-        importance = kl_divergence(answers[i], answers[i + 1])  # without the sentence, and with it
-        rows.append((sentence, importance, accuracy[i + 1] - accuracy[i], answers[i + 1]))
+def main() -> None:
+    n_samples = 8  # the paper draws 100, after each single sentence
+    if not os.environ.get("OPENROUTER_API_KEY", "").strip():
+        print("OPENROUTER_API_KEY is not set: a stand-in server on this machine answers, no model.")
+        start_stand_in()
+        n_samples = 100
+    most = 1 + 2 * (MOST_PARTS + 1) * n_samples  # half of them for a few tokens
+    print(f"At most {most} requests are sent, less what is in the cache already.")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    client = RolloutsClient(
+        MODEL, provider=PROVIDER, temperature=0.6, max_tokens=4000, max_concurrency=20,
+        cache_dir=str(folder / "cache"))
 
-    print(f"{len(sentences)} sentences, {n_samples} answers after each prefix; KL in nats, change of accuracy")
-    longest = max(row[1] for row in rows) or 1.0
-    for sentence, importance, change, _ in rows:
-        bar = "#" * round(10 * importance / longest)
-        lines = textwrap.wrap(sentence.strip(), 52)
-        print(f"  {importance:5.2f} {change:+6.0%}  {bar:10}  {lines[0]}")
-        for line in lines[1:]:
-            print(f"{'':27}{line}")
-    print(f"most important: {max(rows, key=lambda row: row[1])[0].strip()}")
-    path = Path(tempfile.mkdtemp(prefix="thought-anchors-")) / "thought-anchors.html"
-    path.write_text(as_html(rows), encoding="utf-8")
-    print(f"the same as a page for the browser: {path}")
+    # A trace, and its sentences.
+    trace = client.generate(QUESTION, seed=TRACE_SEED)
+    parts = cut(trace[0].reasoning or "")
+
+    # continued[i] goes on after the first i parts; forced[i] must answer there at once.
+    continued = client.resample(QUESTION, parts, n_samples)
+    forced = client.resample(QUESTION, parts, n_samples, suffix=FORCE, max_tokens=16)
+
+    # So continued[i] is without part i, and continued[i + 1] is with it.
+    steps = []
+    for i, part in enumerate(parts):
+        others = [response for response in continued[i] if differs(response.full, part)]
+        steps.append(Step(
+            part,
+            kept=continued[i + 1].counts(answer),
+            resampled=continued[i].counts(answer),
+            different=Counter(map(answer, others)),
+            forced=forced[i + 1].counts(forced_answer),
+            forced_before=forced[i].counts(forced_answer)))
+
+    print(as_text(steps))
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "thought_anchors.html"
+    picture.write_text(as_html(steps, trace[0].model), encoding="utf-8")
+    calls = [trace, *continued, *forced]
+    drawn = sum(not response.cached for rollouts in calls for response in rollouts)
+    cost = sum(rollouts.spent.cost for rollouts in calls)
+    print(f"{drawn} of {sum(map(len, calls))} samples were drawn now, for ${cost:.3f}. All are in "
+          f"the cache:\nrun it again, and nothing is sent or paid.\nThe picture: {picture}")
 
 
-def as_html(rows: list[tuple[str, float, float, Counter[str | None]]]) -> str:
-    """A page without scripts: the trace, each sentence shaded by its importance, and the numbers below."""
-    longest = max(row[1] for row in rows) or 1.0
-    marks, lines = [], []
-    for number, (sentence, importance, change, counts) in enumerate(rows, 1):
-        share = importance / longest
-        style = f'style="--share: {share:.3f}"'
-        text = html.escape(sentence.lstrip())
-        space = sentence[: len(sentence) - len(sentence.lstrip())]
-        given = ", ".join(f"{html.escape(str(answer))} ({count})" for answer, count in counts.most_common())
-        title = f"KL {importance:.2f}, accuracy {change:+.0%}"
-        marks.append(f'{space}<mark {style} title="{title}">{text}</mark><sup>{number}</sup>')
+# == The analysis ==================================================================================
+
+
+class Step(NamedTuple):
+    """A sentence of the trace, and how often each answer came in the samples around it."""
+
+    text: str
+    kept: Answers  # the model thinks on after the sentence
+    resampled: Answers  # it thinks on before it, and writes a sentence of its own there
+    different: Answers  # those of the resampled whose own sentence says something else
+    forced: Answers  # it must answer at once after the sentence
+    forced_before: Answers  # and before it
+
+    @property
+    def change(self) -> float:
+        """What the sentence adds to the share of right answers."""
+        return accuracy(self.kept) - accuracy(self.resampled)
+
+    @property
+    def base_importance(self) -> float:
+        return kl_divergence(self.resampled, self.kept)
+
+    @property
+    def importance(self) -> float:
+        """The counterfactual one; 0 where the model hardly ever writes anything else there."""
+        if sum(self.different.values()) < FEWEST:
+            return 0.0
+        return kl_divergence(self.different, self.kept)
+
+
+def cut(thought: str) -> list[str]:
+    """The sentences of *thought*, in groups where there are more than MOST_PARTS of them."""
+    sentences = split_sentences(thought)
+    if not sentences:
+        raise SystemExit("The model showed no thought: choose one that does.")
+    size = math.ceil(len(sentences) / MOST_PARTS)
+    return ["".join(sentences[i:i + size]) for i in range(0, len(sentences), size)]
+
+
+def first_words(text: str) -> set[str]:
+    """The words of the first sentence."""
+    return set(re.findall(r"\w+", "".join(split_sentences(text)[:1]).lower()))
+
+
+def differs(text: str, other: str) -> bool:
+    """Whether two first sentences share less than half of the shorter one's words.
+
+    The paper asks an embedding model whether they differ in meaning; this only stands for it.
+    """
+    words, other_words = first_words(text), first_words(other)
+    return len(words & other_words) < min(len(words), len(other_words)) / 2
+
+
+def boxed(text: str) -> str | None:
+    """The number in the last \\boxed{…} of *text*."""
+    found = re.findall(r"\\boxed\{[^\d}]*(\d+)", text)
+    return found[-1] if found else None
+
+
+def answer(response: Response) -> str | None:
+    return boxed(response.content)
+
+
+def forced_answer(response: Response) -> str | None:
+    return boxed(FORCE + response.content)
+
+
+def accuracy(answers: Answers) -> float:
+    return answers[CORRECT] / max(1, sum(answers.values()))
+
+
+def kl_divergence(p: Answers, q: Answers) -> float:
+    """KL(p || q) in nats. Half a count is added to each answer, so that none is impossible."""
+    keys = p.keys() | q.keys()
+
+    def share(answers: Answers, key: str | None) -> float:
+        return (answers[key] + 0.5) / (sum(answers.values()) + 0.5 * len(keys))
+
+    return sum(share(p, key) * math.log(share(p, key) / share(q, key)) for key in keys)
+
+
+def as_text(steps: list[Step]) -> str:
+    """A line for each sentence; importance is given as base and counterfactual KL divergence."""
+    lines = ["", "     right  change  forced  KL: base  counterfactual"]
+    for number, step in enumerate(steps, 1):
+        shares = f"{accuracy(step.kept):5.0%} {step.change:+7.0%} {accuracy(step.forced):7.0%}"
+        text = textwrap.shorten(step.text, 48, placeholder=" …")
         lines.append(
-            f'<tr><td>{number}<td class="bar"><span {style}></span><td>{importance:.2f}<td>{change:+.0%}'
-            f"<td>{given}<td>{text}")
-    return PAGE.format(
-        question=html.escape(QUESTION), correct=CORRECT, trace="".join(marks), rows="\n".join(lines), model=MODEL)
+            f"{number:3}  {shares} {step.base_importance:9.2f} {step.importance:6.2f}  {text}")
+    return "\n".join([*lines, ""])
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Thought anchors</title>
+# == The picture ===================================================================================
+
+
+def as_html(steps: list[Step], model: str) -> str:
+    """A page that loads nothing: the shaded trace, and the right answers along it."""
+    top = max(steps, key=lambda step: step.importance)
+    start = look(steps[0].resampled, steps[0].forced_before)
+    trace, bars = [], [f"<a {start}><i></i><b></b>start</a>"]
+    for number, step in enumerate(steps, 1):
+        shade = step.importance / (top.importance or 1.0)
+        style = look(step.kept, step.forced, shade, "up" if step.change > 0 else "down")
+        text = step.text.lstrip()
+        space = step.text[:-len(text)]
+        trace.append(
+            f'{space}<mark id="s{number}" tabindex="0" {style}>{html.escape(text)}'
+            f"<sup>{number}</sup>{card(number, step)}</mark>")
+        bars.append(f'<a {style} href="#s{number}"><i></i><b></b>{number}</a>')
+    verdict = "No sentence stands out."
+    if top.importance:
+        verdict = (
+            f"Sentence {1 + steps.index(top)} matters most: where it stands, "
+            f"{accuracy(top.kept):.0%} of the answers are right; where the model writes something "
+            f"else in its place, {accuracy(top.different):.0%}.")
+    return PAGE.substitute(
+        question=html.escape(QUESTION), model=html.escape(model), correct=html.escape(CORRECT),
+        verdict=verdict, trace="".join(trace), bars="".join(bars))
+
+
+def look(kept: Answers, forced: Answers, shade: float = 0.0, direction: str = "up") -> str:
+    """The attributes from which the page's style makes colours, heights and labels."""
+    return (
+        f'class="{direction}" data-right="{100 * accuracy(kept):.0f}" style="--shade: {shade:.2f}; '
+        f'--right: {accuracy(kept):.2f}; --forced: {accuracy(forced):.2f}"')
+
+
+def card(number: int, step: Step) -> str:
+    """What a sentence shows when it is pointed at: the answers with it and without."""
+    numbers = f"importance {step.importance:.2f}, base {step.base_importance:.2f}"
+    lines = [f"<b>Sentence {number}: {numbers}</b>"]
+    for label, answers in (
+        ("with it", step.kept), ("without it", step.resampled),
+        ("something else there", step.different),
+        ("forced after it", step.forced), ("forced before it", step.forced_before),
+    ):
+        counts = ", ".join(f"{key or 'none'}\u00a0×{count}" for key, count in answers.most_common())
+        lines.append(
+            f'{label}<i style="--right: {accuracy(answers):.2f}"></i>'
+            f"<span>{html.escape(counts) or '–'}</span>")
+    return f'<span class="card">{"".join(lines)}</span>'
+
+
+PAGE = string.Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Thought anchors</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-:root {{ color-scheme: light dark;
-  --ground: #fdfdfb; --ink: #1d1d1b; --faint: #6a6a66; --rule: #deded8; --hue: 234 88 12; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ground: #17181a; --ink: #e8e8e4; --faint: #9c9c96; --rule: #34363a; --hue: 251 146 60; }}
-}}
-body {{ margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 46rem; background: var(--ground); color: var(--ink);
-  font: 17px/1.7 system-ui, sans-serif; }}
-h1 {{ font-size: 1.3rem; line-height: 1.35; margin: 0 0 .3rem; }}
-p {{ margin: 0 0 1.5rem; }}
-.trace {{ white-space: pre-line; }}
-.faint, sup, th {{ color: var(--faint); }}
-.faint {{ font-size: .9rem; line-height: 1.5; }}
-sup {{ font-size: .65em; line-height: 0; margin-left: .15em; }}
-mark {{ background: rgb(var(--hue) / calc(var(--share) * .6)); color: inherit; padding: .12em .2em; border-radius: .2em;
-  box-decoration-break: clone; -webkit-box-decoration-break: clone; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; width: 100%; font-size: .85rem; line-height: 1.4;
-  font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: left; vertical-align: top; padding: .45rem .9rem .45rem 0;
-  border-bottom: 1px solid var(--rule); }}
-th {{ font-weight: normal; white-space: nowrap; }}
-td {{ white-space: nowrap; }}
-td:last-child {{ white-space: normal; min-width: 15rem; padding-right: 0; }}
-.bar {{ width: 5rem; min-width: 5rem; }}
-@media (max-width: 40rem) {{
-  th:last-child, td:last-child {{ display: none; }}
-  .bar {{ width: 4rem; min-width: 4rem; }}
-}}
-.bar span {{ display: block; height: .7rem; margin-top: .3rem; min-width: 1px; width: calc(var(--share) * 100%);
-  background: rgb(var(--hue)); border-radius: .15rem; }}
+:root { color-scheme: light dark; --grey: rgb(128 128 128 / .35); }
+.up { --hue: 29 111 216; }
+.down { --hue: 226 98 10; }
+body { margin: 0 auto; padding: 1rem 1rem 14rem; max-width: 46rem; background: Canvas;
+  color: CanvasText; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.35rem; line-height: 1.3; }
+h2 { font-size: 1rem; margin-top: 2.5rem; }
+.faint { color: color-mix(in srgb, CanvasText 70%, Canvas); font-size: .9rem; }
+.trace { font: 1.1rem/1.8 Georgia, serif; white-space: pre-line; }
+mark { color: CanvasText; background: rgb(var(--hue) / calc(var(--shade) * .65));
+  padding: .15em .1em; border-radius: .25em; -webkit-box-decoration-break: clone; }
+mark:hover, mark:focus { outline: 2px solid; }
+sup { font: .65rem/0 system-ui, sans-serif; margin-left: .15em; }
+.card { display: none; position: fixed; inset: auto 1rem 1rem; max-width: 44rem; margin: auto;
+  padding: .8rem 1rem; grid-template-columns: auto minmax(3rem, 1fr) auto; gap: .3rem .8rem;
+  align-items: center; background: Canvas; border: 1px solid gray; border-radius: .5rem;
+  box-shadow: 0 4px 24px #0006; font: .85rem/1.3 system-ui, sans-serif; }
+mark:hover .card, mark:focus .card { display: grid; }
+mark:hover .card { z-index: 1; }
+.card b { grid-column: 1 / -1; }
+.card i { height: .7rem; border-radius: .2rem; background:
+  linear-gradient(90deg, rgb(29 111 216) calc(var(--right) * 100%), var(--grey) 0); }
+.bars { display: flex; gap: .25rem; overflow-x: auto; padding-top: 1.5rem; }
+.bars a { flex: 1 0 1.6rem; position: relative; padding-top: 9rem; color: inherit;
+  text-align: center; text-decoration: none; font-size: .75rem; }
+.bars i, .bars b, .bars a::after { position: absolute; left: 0; right: 0; bottom: 1.5em; }
+.bars i { height: calc(var(--right) * 9rem); border-radius: .2rem .2rem 0 0;
+  background: linear-gradient(rgb(var(--hue) / var(--shade)) 0 0), var(--grey); }
+.bars b { margin-bottom: calc(var(--forced) * 9rem); border-top: 2px solid; }
+.bars a::after { content: attr(data-right);
+  margin-bottom: calc(max(var(--right), var(--forced)) * 9rem); }
 </style></head><body>
-<h1>{question}</h1>
-<p class="faint">Each sentence of the thought is shaded by its importance: how far the answers without it are from
-the answers with it. Model: {model}. Correct answer: {correct}.</p>
-<p class="trace">{trace}</p>
-<div class="wide"><table>
-<tr><th>no.<th>importance<th>KL (nats)<th>accuracy<th>answers after it<th>sentence
-{rows}
-</table></div>
+<h1>$question</h1>
+<p class="faint">A thought of $model. The right answer is $correct.</p>
+<p>$verdict</p>
+<p class="trace">$trace</p>
+<p class="faint">The stronger the shade, the more a sentence moves the answers (counterfactual KL
+divergence), to <mark class="up" style="--shade: 1">more right ones</mark> or to
+<mark class="down" style="--shade: 1">fewer</mark>. Point at a sentence to see its answers.</p>
+<h2>Right answers after each sentence, in %</h2>
+<p class="faint">Bars: the model thinks on. Lines: it must answer at once.</p>
+<div class="bars">$bars</div>
 </body></html>
-"""
+""")
 
 
 # == The stand-in ==================================================================================
 #
-# Knows how to look like a model that thinks. After "the leading digit 6 is 0110" its answers change.
+# A small model of a model. What it writes next, and what it answers, is a word of a row by chance.
 
-PLANTED = "the leading digit 6 is 0110"
-WORDS = ("blue", "the Danube", "42", "a lighthouse", "rain on a tin roof", "seven", "to look closely", "moss")
+STORY = {  # name: (the answers that it has in mind there, what may follow, the sentence)
+    "start": ("19 20 20 17", "task task goal", "<think>"),
+    "task": ("19 20 20 17", "four four four sure", "I want the binary digits of 66666 in base 16."),
+    "goal": ("19 20 20 17", "four four four sure", "66666 in base 16 is to be written in binary."),
+    "four": ("19 20 20", "twenty twenty twenty lead sure", " Each hexadecimal digit is four bits."),
+    "twenty": ("20", "easy easy easy end end end", " There are five of them, so 5 x 4 = 20 bits."),
+    "easy": ("20", "wait sure end end end end end", " That was quick."),
+    "wait": ("20 20 19", "lead lead lead sure", "\n\nBut wait, zeros at the front do not count."),
+    "lead": ("19 19 20", "minus minus sure", " The leading 6 is 0110, so one zero falls away."),
+    "minus": ("19", "check check end", " That leaves 20 - 1 = 19 bits."),
+    "check": ("19", "powers", "\n\nLet me check that in decimal."),
+    "sure": ("19 19 20 17", "powers", "\n\nOr look at the value in decimal."),
+    "powers": ("19", "end", " 66666 in base 16 is 419430, and that lies between 2^18 and 2^19."),
+}
+
+
+def reply(body: dict[str, Any]) -> dict[str, Any]:
+    """What a chat-completions API replies: it goes on after the last sentence that it knows."""
+    thought = body["messages"][-1]["content"]
+    name = max(STORY, key=lambda each: thought.rfind(STORY[each][2].strip()))
+    dice = random.Random(f"{body['seed']} {thought}")
+    if thought.endswith(FORCE):
+        message = {"content": dice.choice(STORY[name][0].split()) + "}."}
+    else:
+        text = ""
+        while (following := dice.choice(STORY[name][1].split())) != "end":
+            name = following
+            text += STORY[name][2]
+        number = dice.choice(STORY[name][0].split())
+        text += f" So it has {number} digits."
+        message = {"reasoning": text, "content": f"\\boxed{{{number}}}"}
+    return {"model": "a stand-in", "choices": [{"message": message, "finish_reason": "stop"}]}
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """A chat-completions server whose answers depend on the seed and the temperature alone."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1
+    protocol_version = "HTTP/1.1"  # keeps connections
+    wbufsize = -1  # sends headers and body together
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        seed = asked["seed"] if asked.get("temperature") else 0
-        messages = asked.get("messages") or [{"role": "assistant", "content": asked["prompt"]}]
-        text = json.dumps([messages, seed, asked.get("temperature")])
-        dice = random.Random(hashlib.sha256(text.encode()).digest())
-        time.sleep(dice.uniform(0.02, 0.1))
-        if "no-such-model" in asked["model"]:
-            return self.reply(400, {"error": {"code": 400, "message": f"{asked['model']} is not a valid model ID"}})
-        reasoning, content = self.think(messages, dice)
-        tokens = 3 + len((reasoning + content).split())
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": content, "reasoning": reasoning or None}}
-        if "prompt" in asked:  # a raw completion
-            said = {"text": f"{reasoning}</think>{content}" if reasoning else content}
-        return self.reply(200, {
-            "id": f"stand-in-{seed}", "model": asked["model"], "provider": "stand-in", "created": int(time.time()),
-            "choices": [{"index": 0, "finish_reason": "stop", **said}],
-            "usage": {
-                "prompt_tokens": 20, "completion_tokens": tokens, "total_tokens": 20 + tokens, "cost": 1e-6 * tokens}})
-
-    def think(self, messages: list[dict[str, str]], dice: random.Random) -> tuple[str, str]:
-        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-        if begun.endswith("\\boxed{"):
-            known = 0.95 if PLANTED in begun else 0.15 if "20 bits" in begun else 0.25
-            return "", f"{CORRECT if dice.random() < known else dice.choice(['20', '20', '20', '17'])}}}$."
-        if begun.endswith("10*5="):
-            return "50. That is all there is to it.", "10*5 is 50."
-        if begun.endswith("2 x 4 ="):
-            return " 8. Now to the capital.", "Paris."
-        if begun.endswith("6, 7,"):
-            return "", " 8, 9, 10."
-        word = dice.choice(WORDS)
-        return f"I think of {word}.", f"{dice.choice(['Perhaps', 'Surely', 'I would say'])} {word}."
-
-    def reply(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response_only(status)
-        self.send_header("Content-Type", "application/json")
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = json.dumps(reply(body)).encode()
+        self.send_response_only(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-        self.wfile.flush()
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
-
-
-class StandInServer(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 1024
 
 
 def start_stand_in() -> None:
-    server = StandInServer(("127.0.0.1", 0), StandIn)
+    """Its address is part of the cache's key: the same port each time, if nobody else has it."""
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", 8619), StandIn)
+    except OSError:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    os.environ["OPENROUTER_BASE_URL"] = f"http://127.0.0.1:{server.server_address[1]}/api/v1"
-    os.environ["OPENROUTER_API_KEY"] = "the-key-of-a-stand-in"
+    os.environ["OPENROUTER_BASE_URL"] = f"http://127.0.0.1:{server.server_port}/api/v1"
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 
 
-# == All of them ===================================================================================
-
-EXAMPLES = (
-    many_samples, many_prompts, async_samples, presets, overrides, config, keys, thinking_injection, check_injection,
-    caching, progress_bar, rate_limit, cost, errors, other_servers, thought_anchors)
-
-
-def shown(text: str, width: int = 70) -> str:
-    return textwrap.shorten(text, width, placeholder=" …")
-
-
-def main() -> int:
-    if not os.environ.get("OPENROUTER_API_KEY", "").strip():
-        start_stand_in()
-        print("OPENROUTER_API_KEY is not set: a stand-in server on this machine answers, not a model.")
-    watchdog = threading.Timer(TIME_LIMIT, _thread.interrupt_main)
-    watchdog.daemon = True
-    watchdog.start()
-    failed = 0
-    home = os.getcwd()
-    with tempfile.TemporaryDirectory(prefix="rollouts-example-") as directory:
-        os.chdir(directory)  # where the caches go
-        try:
-            for example in EXAMPLES:
-                print(f"\n-- {example.__name__}: {example.__doc__}")
-                try:
-                    example()
-                except RolloutsError as error:
-                    failed += 1
-                    print(f"failed: {error}")
-        except KeyboardInterrupt:
-            failed += 1
-            print(f"\nended early: interrupted, or {TIME_LIMIT} seconds were over")
-        finally:
-            watchdog.cancel()
-            os.chdir(home)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
