@@ -110,8 +110,6 @@ def _seconds(value: Any, unit: float = 1.0) -> Optional[float]:
 
 def _count(value: Any) -> int:
     """*value*, a number or a str of one, as an int that any database holds; 0 for anything else."""
-    if value is None:
-        return 0
     number = _seconds(value)
     return int(number) if number is not None and number < 2**63 else 0
 
@@ -121,16 +119,30 @@ def _json_copy(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
 
 
+class _Record:
+    """A dataclass that turns into plain values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by their names, as plain dicts, lists and values."""
+        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.name: _plain(getattr(self, field.name)) for field in fields}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.to_dict() if isinstance(value, _Record) else value
+
+
 def _warn(text: str) -> None:
     """Warn at the line that called into this module.
 
     Python shows a text once a line. A shortfall must be told each time, hence a registry of its
     own.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_back is not None and frame.f_globals is globals():
+    frame: Any = inspect.currentframe()
+    while frame.f_globals is globals() and frame.f_back is not None:
         frame = frame.f_back
-    assert frame is not None
     module = frame.f_globals.get("__name__") or "<unknown>"
     warnings.warn_explicit(
         text, UserWarning, frame.f_code.co_filename, frame.f_lineno, module, registry={})
@@ -173,8 +185,8 @@ class _Provider(NamedTuple):
     needs_key: bool = True
     stream_above: Optional[int] = None  # more max_tokens than this are refused unstreamed
     stream_options: bool = True  # takes stream_options, which asks for the usage of a stream
-    seed: str = "seed"  # the name of that field
-    omits: tuple[tuple[str, str], ...] = ()  # (pattern of models, default field that they refuse)
+    seed: str = "seed"  # the name of that field; "" where it is refused
+    no_top_p: Optional[str] = None  # pattern of models that refuse it beside a temperature
     echoes: bool = False  # its replies begin with the injected text
     raw_completions: bool = True  # /completions takes a prompt as it is
     keeps_connections: bool = True
@@ -209,10 +221,9 @@ _PROVIDERS = {
     # From Claude 4.1 on, temperature and top_p together are refused (observed).
     "anthropic": _Provider(
         "https://api.anthropic.com/v1",
-        omits=((r"claude-(?:opus|sonnet|haiku)-(?:4[-.][1-9](?!\d)|[5-9])", "top_p"),)),
+        no_top_p=r"claude-(?:opus|sonnet|haiku)-(?:4[-.][1-9](?!\d)|[5-9])"),
     "gemini": _Provider(  # refuses `seed` (observed)
-        "https://generativelanguage.googleapis.com/v1beta/openai", prefill=None,
-        omits=(("", "seed"),)),
+        "https://generativelanguage.googleapis.com/v1beta/openai", prefill=None, seed=""),
     "vllm": _Provider(
         "http://localhost:8000/v1", prefill="continue_final_message", needs_key=False),
     # Without the flag it turns the trailing message into one of the user (serving_chat.py, 0.5.23).
@@ -278,12 +289,15 @@ class _Refused(ValueError):
     """A keyword that is not taken. The message says all, and shows no value, which may be a key."""
 
 
+# What no message shows: a key, and an address in which one may stand.
+_SECRET = re.compile(r"(?is)\w*api_key=|\w*base_url=.*[?#@]")
+
+
 class _Check(NamedTuple):
     """What a setting takes, in words, and the function that converts a value to it, or fails."""
 
     words: str
     convert: Callable[[Any], Any]
-    is_secret: bool = False
 
     def __call__(self, name: str, value: Any) -> Any:
         try:
@@ -291,11 +305,15 @@ class _Check(NamedTuple):
         except _Refused as error:
             raise ValueError(str(error)) from None
         except (ValueError, TypeError, AttributeError) as error:
-            is_url = name.lower().endswith("base_url") and re.search(r"[?#@]", str(value))
-            is_secret = self.is_secret or is_url  # a key may stand in such an address
+            is_secret = _SECRET.match(f"{name}={value}")
             shown = "the value given, which is not shown" if is_secret else f"{value!r:.200}"
-            why = f" ({error})" if str(error) and not self.is_secret else ""
+            why = f" ({error})" if str(error) else ""
             raise ValueError(f"{name} takes {self.words}, not {shown}{why}") from None
+
+
+def _takes(words: str) -> Callable[[Callable[[Any], Any]], _Check]:
+    """Make a check of a function that converts."""
+    return functools.partial(_Check, words)
 
 
 def _require(condition: object, why: str = "") -> None:
@@ -303,10 +321,15 @@ def _require(condition: object, why: str = "") -> None:
         raise ValueError(why)
 
 
+def _require_number(value: Any, kind: type, low: float, high: float) -> None:
+    _require(isinstance(value, kind) and not isinstance(value, bool))  # numpy's too
+    _require(low <= value <= high)  # NaN fails here
+
+
 def _number(low: float, high: float, *, above: bool = False) -> _Check:
     def convert(value: Any) -> float:
-        _require(isinstance(value, numbers.Real) and not isinstance(value, bool))  # numpy's too
-        _require(low <= value <= high and not (above and value == low))  # NaN fails here
+        _require_number(value, numbers.Real, low, high)
+        _require(value > low or not above)
         return float(value)
 
     start = f"above {low:g} and up" if above else f"from {low:g}"
@@ -315,8 +338,7 @@ def _number(low: float, high: float, *, above: bool = False) -> _Check:
 
 def _integer(low: int, high: int = 2**63 - 1) -> _Check:
     def convert(value: Any) -> int:
-        _require(isinstance(value, numbers.Integral) and not isinstance(value, bool))
-        _require(low <= value <= high)
+        _require_number(value, numbers.Integral, low, high)
         return int(value)
 
     end = f"to {high}" if high < 2**62 else "up"
@@ -325,8 +347,7 @@ def _integer(low: int, high: int = 2**63 - 1) -> _Check:
 
 def _choice(*options: Any) -> _Check:
     def convert(value: Any) -> Any:
-        same = [option for option in options if type(option) is type(value) and option == value]
-        _require(same)  # 1 is not True
+        _require(any(type(each) is type(value) and each == value for each in options))  # True != 1
         return value
 
     return _Check("one of " + ", ".join(map(repr, options)), convert)
@@ -339,38 +360,43 @@ def _optional(check: _Check) -> _Check:
     return check._replace(words=f"{check.words}, or None", convert=convert)
 
 
-def _convert_model(value: str) -> str:
+@_takes("a model's id such as 'qwen/qwen3-30b-a3b'")
+def _model(value: str) -> str:
     _require(isinstance(value, str) and value.strip() and value.isprintable())
     return value.strip()
 
 
-def _convert_key(value: str) -> Optional[_Key]:
+@_takes("a key of printable ASCII without blanks")
+def _api_key(value: str) -> Optional[_Key]:
     _require(isinstance(value, str))
     key = value.strip()
     _require(all("!" <= character <= "~" for character in key))
     return _Key(key) if key else None
 
 
-def _convert_provider(value: Any) -> Union[str, dict[str, Any]]:
+@_takes("the name of an API, or OpenRouter's routing object (a dict)")
+def _provider(value: Any) -> Union[str, dict[str, Any]]:
     if isinstance(value, Mapping):
         return dict(_json_copy(dict(value)))
-    _require(
-        isinstance(value, str) and value.lower() in _PROVIDERS, "known: " + ", ".join(_PROVIDERS))
-    return str(value.lower())
+    name = str(value).lower()
+    _require(name in _PROVIDERS, "known: " + ", ".join(_PROVIDERS))
+    return name
 
 
-def _convert_base_url(value: str) -> str:
+@_takes("an address such as 'http://localhost:8080/v1'")
+def _base_url(value: str) -> str:
     url = value.strip()
+    _require(value.isascii() and url.isprintable() and " " not in url)
     parts = urllib.parse.urlsplit(url)
     _require(parts.scheme in ("http", "https") and parts.hostname)
-    _require(url.isprintable() and " " not in url and value.isascii())
     has_more = parts.query or parts.fragment or "@" in parts.netloc
     _require(not has_more, "no key, query or fragment in it")
     _require(parts.port != 0 and str(parts.hostname).encode("idna"))
     return url.rstrip("/").removesuffix("/chat/completions").removesuffix("/completions")
 
 
-def _convert_path(value: Any) -> str:
+@_takes("a directory's path")
+def _path(value: Any) -> str:
     path = os.path.expanduser(os.fspath(value))
     _require(isinstance(path, str) and path and "\0" not in path)
     # A directory that is really named "~" is a trap for whoever clears it.
@@ -378,22 +404,112 @@ def _convert_path(value: Any) -> str:
     return str(path)
 
 
-def _convert_extra(value: Mapping[str, Any]) -> dict[str, Any]:
-    key_names = r"keys?|.*api_?keys?|((api|access|auth)_?)?token|authorization|(.*_)?headers"
+# Keywords that are not taken: (pattern, what they may be all the same, what to do instead).
+_NOT_TAKEN = (
+    (r"(?i:keys?|.*api_?keys?|((api|access|auth)_?)?token|authorization|(.*_)?headers)", (),
+     "pass a key as api_key; headers cannot be set"),
+    (r"n", (None, 1), "pass n_samples, as a request draws one sample"),
+    (r"messages|prompt", (), "pass it as generate's first argument"),
+)
+
+
+@_takes("a dict of further body fields that JSON can hold")
+def _extra(value: Mapping[str, Any]) -> dict[str, Any]:
     for name, given in value.items():
         _require(isinstance(name, str))
-        if re.fullmatch(key_names, name, re.I):
-            raise _Refused(f"{name} is not taken: pass a key as api_key; headers cannot be set")
+        for pattern, harmless, why in _NOT_TAKEN:
+            if re.fullmatch(pattern, name) and given not in harmless:
+                raise _Refused(f"{name} is not taken: {why}")
         if name in ("logprobs", "top_logprobs") and given not in (None, False):
             raise NotImplementedError(
                 f"{name} is not supported: through OpenRouter, providers answer it inconsistently "
                 "or not at all. Ask a provider's own API for log probabilities.")
-        if name == "n" and given not in (None, 1):
-            raise _Refused("n is not taken: pass n_samples, as a request draws one sample")
-        if name in ("messages", "prompt"):
-            raise _Refused(f"{name} is not taken: pass it as generate's first argument")
     return dict(_json_copy(dict(value)))
 
+
+def _setting(default: Any, check: _Check, help: str, *, body: bool = False) -> Any:
+    """A field of Config. *help* is shown to users; *body* says that it goes into the request.
+
+    It takes None where that is its default, and in the body, which then goes without it.
+    """
+    if default is None or body:
+        check = _optional(check)
+    metadata = {"check": check, "help": help, "body": body}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_sampling = functools.partial(_setting, body=True)
+
+_FLAG = _choice(True, False)
+
+@dataclass(frozen=True)
+class Config(_Record):
+    """Every setting of a client, checked: ``RolloutsClient(**config.to_dict())``.
+
+    A field that the API reads is left out of the request where it is None, so that the API's own
+    default holds. ValueError names the field, the value it got and what it takes.
+    """
+
+    model: str = _setting(dataclasses.MISSING, _model, "the model, as its API names it")
+    temperature: Optional[float] = _sampling(0.7, _number(0, 2), "sampling temperature")
+    top_p: Optional[float] = _sampling(0.95, _number(0, 1), "nucleus sampling: the mass kept")
+    max_tokens: Optional[int] = _sampling(
+        4096, _integer(1), "most tokens of one sample; thoughts count")
+    top_k: Optional[int] = _sampling(
+        None, _integer(-1), "sample among the k likeliest (-1: off, on vLLM)")
+    presence_penalty: Optional[float] = _sampling(
+        None, _number(-2, 2), "penalty for a token that occurred")
+    frequency_penalty: Optional[float] = _sampling(
+        None, _number(-2, 2), "penalty by how often a token occurred")
+    seed: Optional[int] = _setting(
+        0, _optional(_integer(0)), "seed of the first sample; the next ones count up; None: none")
+    provider: Union[str, dict[str, Any], None] = _setting(
+        None, _provider, "the API to call (default openrouter), or OpenRouter's routing")
+    base_url: Optional[str] = _setting(
+        None, _base_url, "any compatible server; default <PROVIDER>_base_url, else the provider's")
+    endpoint: str = _setting(
+        "chat", _choice("chat", "completions"), "'completions' sends a str prompt as it is")
+    api_key: Optional[str] = _setting(
+        None, _api_key, "default <PROVIDER>_API_KEY from the environment")
+    use_cache: Union[bool, str] = _setting(
+        True, _choice(True, False, "json", "sql"), "True or 'json': a file a sample; 'sql': SQLite")
+    cache_dir: str = _setting(".rollouts", _path, "where the cache is")
+    offline: bool = _setting(
+        False, _FLAG, "send nothing: what is not in the cache is an error that says so")
+    progress_bar: bool = _setting(
+        True, _FLAG, "show progress on stderr for more than one sample")
+    verbose: bool = _setting(False, _FLAG, "say on stderr what each sample did")
+    requests_per_minute: Optional[float] = _setting(
+        None, _number(0, 1e6, above=True), "most requests started in any minute")
+    max_concurrency: int = _setting(100, _integer(1, 10_000), "most requests under way at once")
+    max_retries: int = _setting(10, _integer(0, 1000), "attempts after the first")
+    timeout: float = _setting(
+        600.0, _number(0, 86_400, above=True), "seconds for one attempt, by the clock")
+    stream: Optional[bool] = _setting(
+        None, _FLAG, "ask for a streamed reply; None: as the provider needs it")
+    prefill: Optional[str] = _setting(
+        None, _choice(*_PREFILLS), "how an injection is sent; None: the provider's way")
+    extra: dict[str, Any] = _setting(
+        dict, _extra, "further fields of the body; further keywords of a client land here")
+
+    def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            value = setting.metadata["check"](setting.name, getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)  # as converted; the class is frozen
+        for name in self.extra:
+            if name in vars(self):
+                raise ValueError(f"extra takes fields of the body; {name} is a setting of its own")
+
+
+_SETTINGS = {setting.name: setting for setting in dataclasses.fields(Config)}
+
+if Config.__doc__:  # absent under python -OO
+    Config.__doc__ = "\n".join([inspect.cleandoc(Config.__doc__), "", *(
+        f"{name}: {setting.metadata['help']}. Takes {setting.metadata['check'].words}"
+        + ("." if setting.default is dataclasses.MISSING else f"; default {setting.default!r}.")
+        for name, setting in _SETTINGS.items())])
 
 # Fields of the body that APIs document, so that none of them is taken for a misspelling.
 _BODY_FIELDS = frozenset(" ".join((
@@ -450,11 +566,11 @@ _OTHER_NAMES = {
 }
 
 
-def _warn_of_unknown(name: str, settings: Iterable[str]) -> None:
+def _warn_of_unknown(name: str) -> None:
     """Warn of a keyword that is neither a setting nor a body field that some API documents."""
     if name in _BODY_FIELDS:
         return
-    known = [*settings, *_BODY_FIELDS, *_OTHER_NAMES]
+    known = [*_SETTINGS, *_BODY_FIELDS, *_OTHER_NAMES]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     meant = _OTHER_NAMES.get(name) or next((_OTHER_NAMES.get(each, each) for each in close), "")
     question = f": did you mean {meant}?" if meant else "; if that is meant, pass it in extra={…}"
@@ -463,105 +579,14 @@ def _warn_of_unknown(name: str, settings: Iterable[str]) -> None:
         f"request as it is{question}")
 
 
-def _setting(default: Any, check: _Check, help: str, *, body: bool = False) -> Any:
-    """A field of Config. *help* is shown to users; *body* says that it goes into the request."""
-    metadata = {"check": check, "help": help, "body": body}
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-_FLAG = _choice(True, False)
-_MODEL = _Check("a model's id such as 'qwen/qwen3-30b-a3b'", _convert_model)
-_PROVIDER = _Check("the name of an API, or OpenRouter's routing object (a dict)", _convert_provider)
-_BASE_URL = _optional(_Check("an address such as 'http://localhost:8080/v1'", _convert_base_url))
-_API_KEY = _optional(_Check("a key of printable ASCII without blanks", _convert_key, True))
-_PATH = _Check("a directory's path", _convert_path)
-_EXTRA = _Check("a dict of further body fields that JSON can hold", _convert_extra)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting of a client, checked: ``RolloutsClient(**config.to_dict())``.
-
-    A field that the API reads is left out of the request where it is None, so that the API's own
-    default holds. ValueError names the field, the value it got and what it takes.
-    """
-
-    model: str = _setting(dataclasses.MISSING, _MODEL, "the model, as its API names it")
-    temperature: Optional[float] = _setting(
-        0.7, _optional(_number(0, 2)), "sampling temperature", body=True)
-    top_p: Optional[float] = _setting(
-        0.95, _optional(_number(0, 1)), "nucleus sampling: the mass kept", body=True)
-    max_tokens: Optional[int] = _setting(
-        4096, _optional(_integer(1)), "most tokens of one sample; thoughts count", body=True)
-    top_k: Optional[int] = _setting(
-        None, _optional(_integer(-1)), "sample among the k likeliest (-1: off, on vLLM)", body=True)
-    presence_penalty: Optional[float] = _setting(
-        None, _optional(_number(-2, 2)), "penalty for a token that occurred", body=True)
-    frequency_penalty: Optional[float] = _setting(
-        None, _optional(_number(-2, 2)), "penalty by how often a token occurred", body=True)
-    seed: Optional[int] = _setting(
-        0, _optional(_integer(0)), "seed of the first sample; the next ones count up; None: none")
-    provider: Union[str, dict[str, Any], None] = _setting(
-        None, _optional(_PROVIDER), "the API to call (default openrouter), or OpenRouter's routing")
-    base_url: Optional[str] = _setting(
-        None, _BASE_URL, "any compatible server; default <PROVIDER>_BASE_URL, else the provider's")
-    endpoint: str = _setting(
-        "chat", _choice("chat", "completions"), "'completions' sends a str prompt as it is")
-    api_key: Optional[str] = _setting(
-        None, _API_KEY, "default <PROVIDER>_API_KEY from the environment")
-    use_cache: Union[bool, str] = _setting(
-        True, _choice(True, False, "json", "sql"), "True or 'json': a file a sample; 'sql': SQLite")
-    cache_dir: str = _setting(".rollouts", _PATH, "where the cache is")
-    offline: bool = _setting(
-        False, _FLAG, "send nothing: what is not in the cache is an error that says so")
-    progress_bar: bool = _setting(
-        True, _FLAG, "show progress on stderr for more than one sample")
-    verbose: bool = _setting(False, _FLAG, "say on stderr what each sample did")
-    requests_per_minute: Optional[float] = _setting(
-        None, _optional(_number(0, 1e6, above=True)), "most requests started in any minute")
-    max_concurrency: int = _setting(100, _integer(1, 10_000), "most requests under way at once")
-    max_retries: int = _setting(10, _integer(0, 1000), "attempts after the first")
-    timeout: float = _setting(
-        600.0, _number(0, 86_400, above=True), "seconds for one attempt, by the clock")
-    stream: Optional[bool] = _setting(
-        None, _optional(_FLAG), "ask for a streamed reply; None: as the provider needs it")
-    prefill: Optional[str] = _setting(
-        None, _optional(_choice(*_PREFILLS)), "how an injection is sent; None: the provider's way")
-    extra: dict[str, Any] = _setting(
-        dict, _EXTRA, "further fields of the body; further keywords of a client land here")
-
-    def __post_init__(self) -> None:
-        for setting in dataclasses.fields(self):
-            value = setting.metadata["check"](setting.name, getattr(self, setting.name))
-            object.__setattr__(self, setting.name, value)  # as converted; the class is frozen
-        for name in self.extra:
-            if hasattr(Config, name) or name in ("model", "extra"):
-                raise ValueError(f"extra takes fields of the body; {name} is a setting of its own")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings by their names, the key among them."""
-        return {setting.name: getattr(self, setting.name) for setting in dataclasses.fields(self)}
-
-
-_SETTINGS = {setting.name: setting for setting in dataclasses.fields(Config)}
-
-if Config.__doc__:  # absent under python -OO
-    Config.__doc__ = "\n".join([inspect.cleandoc(Config.__doc__), "", *(
-        f"{name}: {setting.metadata['help']}. Takes {setting.metadata['check'].words}"
-        + ("." if setting.default is dataclasses.MISSING else f"; default {setting.default!r}.")
-        for name, setting in _SETTINGS.items())])
-
-
 def _with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """*config* with *settings* in place; what is no setting goes into ``extra``."""
     known = {name: value for name, value in settings.items() if name in _SETTINGS}
     further = {name: value for name, value in settings.items() if name not in _SETTINGS}
-    own = _EXTRA("extra", known.get("extra", {}))
+    own = _extra("extra", known.get("extra", {}))
     changed = dataclasses.replace(config, **{**known, "extra": {**config.extra, **own, **further}})
     for name in further:
-        _warn_of_unknown(name, _SETTINGS)
+        _warn_of_unknown(name)
     return changed
 
 
@@ -577,7 +602,8 @@ class RolloutsError(Exception):
     """The base of this library's errors. A bad argument is a ValueError instead."""
 
 
-class APIError(RolloutsError):
+@dataclass(eq=False)
+class APIError(_Record, RolloutsError):
     """A request that got no usable reply.
 
     Attributes:
@@ -591,19 +617,16 @@ class APIError(RolloutsError):
         advice: what to do about it.
     """
 
-    def __init__(
-        self, message: str, *, status: Optional[int] = None, provider: str = "",
-        seed: Optional[int] = None, retryable: bool = False, retry_after: Optional[float] = None,
-        advice: str = "",
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.provider = provider
-        self.seed = seed
-        self.retryable = retryable
-        self.retry_after = retry_after
-        self.advice = advice
+    message: str
+    status: Optional[int] = None
+    provider: str = ""
+    seed: Optional[int] = None
+    retryable: bool = False
+    retry_after: Optional[float] = None
+    advice: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)  # of which pickle makes it again
 
     def __str__(self) -> str:
         status = f"HTTP {self.status}" if self.status is not None else ""
@@ -617,17 +640,13 @@ class APIError(RolloutsError):
             if name != "message" and value not in (None, "") and value is not False)
         return f"{type(self).__name__}({self.message!r}{details})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The attributes by their names."""
-        return dict(self.__dict__)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> APIError:
         """The error that to_dict() described."""
         return cls(**data)
 
     def _with_seed(self, seed: int) -> APIError:
-        error = APIError.from_dict({**self.to_dict(), "seed": seed})
+        error = dataclasses.replace(self, seed=seed)
         error.__cause__ = self.__cause__
         return error
 
@@ -659,43 +678,34 @@ def _is_scarcity(error: BaseException) -> bool:
 _Data = TypeVar("_Data")
 
 
+# What a field takes, by the type of its default; any other takes that type alone.
+_TYPES: dict[Any, tuple[type, ...]] = {
+    type(dataclasses.MISSING): (str,), type(None): (str, type(None)), float: (int, float)}
+
+
 @functools.cache
 def _types_of(cls: Any) -> dict[str, tuple[type, ...]]:
-    """What each field of *cls* holds: its default's type; for a None, a str or None."""
-    types: dict[str, tuple[type, ...]] = {}
-    for field in dataclasses.fields(cls):
-        if field.default is dataclasses.MISSING:
-            types[field.name] = (str,)
-        elif field.default is None:
-            types[field.name] = (str, type(None))
-        else:
-            types[field.name] = (int, float) if field.name == "cost" else (type(field.default),)
-    return types
+    types = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+    return {name: _TYPES.get(each, (each,)) for name, each in types.items()}
 
 
 def _from_dict(cls: type[_Data], data: Any) -> _Data:
     """*cls* from a dict whose values are of the fields' types; unknown names are passed over."""
-    values = {}
     try:
         if not isinstance(data, Mapping):
             raise TypeError(f"it is of type {type(data).__name__}")
-        for name, types in _types_of(cls).items():  # type: ignore[arg-type]  # a class is hashable
-            if name in data:
-                if type(data[name]) not in types:
-                    raise TypeError(f"{name} is of type {type(data[name]).__name__}")
-                values[name] = data[name]
+        types = _types_of(cls)  # type: ignore[arg-type]  # a class is hashable
+        values = {name: data[name] for name in types if name in data}
+        for name, value in values.items():
+            if type(value) not in types[name]:
+                raise TypeError(f"{name} is of type {type(value).__name__}")
         return cls(**values)
-    except (TypeError, AttributeError) as error:
+    except TypeError as error:
         raise ValueError(f"not a {cls.__name__}: {error}") from None
 
 
-def _to_dict(data: Any) -> dict[str, Any]:
-    """The fields of a dataclass by their names; values stay as they are."""
-    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
-
-
 @dataclass(frozen=True)
-class Usage:
+class Usage(_Record):
     """What one response, or several, consumed. Zero where the API does not tell.
 
     prompt_tokens, completion_tokens, total_tokens: as the API counts; thoughts are completion.
@@ -714,14 +724,10 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         if not isinstance(other, Usage):
             return NotImplemented
-        return Usage(*map(sum, zip(_to_dict(self).values(), _to_dict(other).values())))
+        return Usage(*map(sum, zip(self.to_dict().values(), other.to_dict().values())))
 
     def __radd__(self, other: int) -> Usage:
         return self if other == 0 else NotImplemented  # where sum() begins
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by their names."""
-        return _to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Usage:
@@ -730,7 +736,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Response:
+class Response(_Record):
     """One sample: after an injected thought, the continuation alone.
 
     content: the answer; '' where there is none yet. Always a str.
@@ -769,8 +775,8 @@ class Response:
         return self.finish_reason == "length" and not self.completed_reasoning
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by their names, `usage` as a dict, and ``full``."""
-        return {**_to_dict(self), "usage": self.usage.to_dict(), "full": self.full}
+        """The fields by their names, as plain dicts, lists and values, and ``full``."""
+        return {**super().to_dict(), "full": self.full}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Response:
@@ -780,7 +786,7 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class Rollouts(_Record):
     """The samples of one prompt, in the order of their seeds: iterate, index, slice.
 
     prompt, model, temperature, top_p, max_tokens: what was asked.
@@ -856,14 +862,6 @@ class Rollouts:
     def spent(self) -> Usage:
         """What this call consumed: the responses that were not replayed from the cache."""
         return sum((each.usage for each in self.responses if not each.cached), Usage())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain dicts, lists and values, for JSON."""
-        return {
-            **_to_dict(self),
-            "responses": [response.to_dict() for response in self.responses],
-            "errors": [error.to_dict() for error in self.errors],
-        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rollouts:
@@ -1331,19 +1329,18 @@ def _api_of(config: Config) -> _Api:
     With a provider's name base_url is that API at another address, and the key from the environment
     goes there. A base_url alone names no provider and gets only a key that was passed explicitly.
     """
-    if config.provider is None and config.base_url is not None:
-        host = urllib.parse.urlsplit(config.base_url).netloc
-        provider = _Provider(config.base_url, needs_key=False)
-        return _Api(host, config.base_url, provider, "", config.api_key)
     is_named = isinstance(config.provider, str)
     name = str(config.provider) if is_named else "openrouter"
+    provider, base_url = _PROVIDERS[name], config.base_url
+    if base_url is not None and not is_named:
+        if config.provider is None:  # else OpenRouter's routing at another address
+            name = urllib.parse.urlsplit(base_url).netloc
+            provider = _Provider(base_url, needs_key=False)
+        return _Api(name, base_url, provider, "", config.api_key)
     key_name, url_name = f"{name.upper()}_API_KEY", f"{name.upper()}_BASE_URL"
-    base_url = config.base_url or _BASE_URL(url_name, os.environ.get(url_name) or None)
-    base_url = base_url or _PROVIDERS[name].base_url
-    if config.base_url is not None and not is_named:  # OpenRouter's routing at another address
-        return _Api(name, base_url, _PROVIDERS[name], "", config.api_key)
-    key = config.api_key or _API_KEY(key_name, os.environ.get(key_name))
-    return _Api(name, base_url, _PROVIDERS[name], key_name, key)
+    base_url = base_url or _base_url(url_name, os.environ.get(url_name) or provider.base_url)
+    key = config.api_key or _api_key(key_name, os.environ.get(key_name, ""))
+    return _Api(name, base_url, provider, key_name, key)
 
 
 def _for_call(client: Config, overrides: Mapping[str, Any]) -> tuple[Config, _Api]:
@@ -1351,48 +1348,59 @@ def _for_call(client: Config, overrides: Mapping[str, Any]) -> tuple[Config, _Ap
 
     The client's address is not that of another provider, and its key is for its address alone.
     """
-    overrides = dict(overrides)
-    if overrides.get("api_key", "") is None:
-        del overrides["api_key"]
     config = _with_settings(client, overrides)
     is_other = isinstance(config.provider, str) and config.provider != client.provider
     if is_other and "base_url" not in overrides:
         config = dataclasses.replace(config, base_url=None)
-    if "api_key" not in overrides and _api_of(config).base_url != _api_of(client).base_url:
-        config = dataclasses.replace(config, api_key=None)
+    if overrides.get("api_key") is None:
+        is_same = _api_of(config).base_url == _api_of(client).base_url
+        config = dataclasses.replace(config, api_key=client.api_key if is_same else None)
     return config, _api_of(config)
 
 
 class _Request(NamedTuple):
     """What is sent for each sample of one prompt."""
 
-    model: str
-    prompt: Prompt
+    prompt: Prompt  # as it was given
     injection: _Injection
-    length: int  # characters of the prompt
-    url: str
+    base_url: str
     body: dict[str, Any]  # all but the seed and the streaming
-    seed_name: Optional[str]
-    stream_options: Any
+    seed_name: str  # the field of the seed; "" where none is sent
+    streaming: dict[str, Any]  # the fields of the body that ask for a stream
     key: tuple[str, str, str]  # (model, parameters, prompt): file names, the last two with hashes
-    stored: dict[str, Any]  # what the key stands for
 
-    def payload(self, seed: int, stream: bool) -> bytes:
-        """The body of the request for sample *seed*."""
-        body = dict(self.body)
-        if stream:
-            body["stream"] = True
-            if self.stream_options is not None:
-                body["stream_options"] = self.stream_options
-        if self.seed_name is not None:
-            body[self.seed_name] = seed
-        return json.dumps(body).encode()
+    @property
+    def model(self) -> str:
+        return str(self.body["model"])
+
+    @property
+    def url(self) -> str:
+        path = "chat/completions" if "messages" in self.body else "completions"
+        return f"{self.base_url}/{path}"
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What the key stands for."""
+        return {"base_url": self.base_url, **self.body}
+
+    @property
+    def length(self) -> int:
+        """The characters of the prompt."""
+        messages = self.body.get("messages") or [{"content": self.body.get("prompt")}]
+        return sum(len(text or "") for message in messages for text in _fields_of(message))
 
     @property
     def hides_thoughts(self) -> bool:
         exclude = _dict(self.body.get("reasoning")).get("exclude")
         return self.body.get("include_reasoning") is False or exclude is True or (
             self.body.get("reasoning_format") == "hidden")
+
+    def payload(self, seed: int, stream: bool) -> bytes:
+        """The body of the request for sample *seed*."""
+        further = dict(self.streaming) if stream else {}
+        if self.seed_name:
+            further[self.seed_name] = seed
+        return json.dumps({**self.body, **further}).encode()
 
 
 def _file_name(text: str) -> str:
@@ -1444,65 +1452,63 @@ def _chat_injection(
     return injection, way.body
 
 
-def _omitted(config: Config, api: _Api) -> set[str]:
-    """The default fields that the API refuses for this model."""
-    return {name for pattern, name in api.provider.omits if re.search(pattern, config.model)}
-
-
 def _body_of(config: Config, api: _Api) -> dict[str, Any]:
-    """The fields of the body that settings make, without those that the API refuses."""
+    """The fields of the body that settings make, without what the API refuses."""
     body: dict[str, Any] = {"model": config.model}
     for name, setting in _SETTINGS.items():
         if setting.metadata["body"]:
             body[name] = getattr(config, name)
-    for name in body.keys() & _omitted(config, api):
-        if body[name] == _SETTINGS[name].default and body["temperature"] is not None:
-            del body[name]
+    pattern = api.provider.no_top_p
+    is_refused = pattern and config.temperature is not None and re.search(pattern, config.model)
+    if is_refused and config.top_p == Config.top_p:  # the default, which nobody asked for
+        del body["top_p"]
     body.update(config.extra)
     if isinstance(config.provider, dict):
         body["provider"] = config.provider
     return body
 
 
+def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _key_of(body: Mapping[str, Any], base_url: str, said: str) -> tuple[str, str, str]:
+    """The names in the cache of what goes into *body*, and of *said*, the JSON of the prompt."""
+    numbers = (("t", "temperature"), ("p", "top_p"), ("n", "max_tokens"))
+    label = "".join(f"{short}{body[name]:g}-" for short, name in numbers if name in body)
+    hashed = _sha256(json.dumps(base_url) + json.dumps(body, sort_keys=True))
+    return (
+        _file_name(body["model"]), label + hashed[:_PARAMETER_DIGITS],
+        _sha256(said)[:_PROMPT_DIGITS])
+
+
 def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
     """The request for a sample of *prompt*. ValueError where it cannot be made."""
-    body, said = _body_of(config, api), prompt
+    body, field, given = _body_of(config, api), "prompt", prompt
     if config.endpoint == "completions":
-        injection, field, path = _raw_injection(prompt), "prompt", "completions"
-        length = len(prompt)
+        injection = _raw_injection(prompt)
     else:
-        said = _messages_of(prompt)
-        injection, further = _chat_injection(said, config, api)
-        body, field, path = {**further, **body}, "messages", "chat/completions"
-        length = sum(len(text or "") for message in said for text in _fields_of(message))
+        field, given = "messages", _messages_of(prompt)
+        injection, further = _chat_injection(given, config, api)
+        body = {**further, **body}
     if injection.text.endswith((" ", "\t")):
         _warn(
             "the injected text ends in a space, which most models continue badly: their words "
             "begin with one. End it with a word or a newline.")
     options = {"include_usage": True} if api.provider.stream_options else None
-    options = body.pop("stream_options", options)
-    body = {name: value for name, value in body.items() if value is not None}
+    streaming = _sent({"stream": True, "stream_options": body.pop("stream_options", options)})
+    body = _sent(body)
     try:
-        spoken = json.dumps(said, sort_keys=True, allow_nan=False)
+        said = json.dumps(given, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"prompt takes messages that JSON can hold: {error}") from None
-    label = "".join(
-        f"{short}{body[name]:g}-"
-        for short, name in (("t", "temperature"), ("p", "top_p"), ("n", "max_tokens"))
-        if isinstance(body.get(name), (int, float)))
-    hashed = _sha256(json.dumps(api.base_url) + json.dumps(body, sort_keys=True))
-    key = (
-        _file_name(config.model), label + hashed[:_PARAMETER_DIGITS],
-        _sha256(spoken)[:_PROMPT_DIGITS])
-    has_seed = config.seed is not None and "seed" not in _omitted(config, api)
-    # The rest of the body in the order given: a schema's order is the order of the answer's fields.
-    said = json.loads(spoken)
+    if not isinstance(prompt, str):
+        prompt = _json_copy([dict(message) for message in prompt])
+    # All but the prompt in the order given: a schema's order is the order of the answer's fields.
     return _Request(
-        config.model,
-        prompt if isinstance(prompt, str) else _json_copy([dict(each) for each in prompt]),
-        injection, length, f"{api.base_url}/{path}", {**body, field: said},
-        api.provider.seed if has_seed else None, options, key,
-        {"base_url": api.base_url, **body, field: said})
+        prompt, injection, api.base_url, {**body, field: json.loads(said)},
+        "" if config.seed is None else api.provider.seed, streaming,
+        _key_of(body, api.base_url, said))
 
 
 def _is_streamed(config: Config, provider: _Provider) -> bool:
