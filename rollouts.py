@@ -511,69 +511,123 @@ if Config.__doc__:  # absent under python -OO
         + ("." if setting.default is dataclasses.MISSING else f"; default {setting.default!r}.")
         for name, setting in _SETTINGS.items())])
 
-# Fields of the body that APIs document, so that none of them is taken for a misspelling.
+# Fields of the body that APIs document, so that none of them is taken for a misspelling. Left out
+# are those that are refused (n, logprobs), and those that the nodes of a cluster send each other.
 _BODY_FIELDS = frozenset(" ".join((
-    # OpenAI.
-    """audio logit_bias max_completion_tokens metadata modalities parallel_tool_calls prediction
-    prompt_cache_key reasoning_effort response_format safety_identifier service_tier stop store
-    stream_options tool_choice tools user verbosity web_search_options""",
-    # OpenRouter.
-    """cache_control debug include_reasoning min_p models plugins reasoning repetition_penalty
-    route session_id top_a transforms usage""",
-    # Fireworks, Together, Groq, Cerebras, Novita, SambaNova, DeepSeek, Mistral.
-    """clear_thinking compound_custom context_length_exceeded_behavior disable_reasoning do_sample
-    echo enable_thinking ignore_eos mirostat_lr mirostat_target prompt_truncate_len random_seed
-    raw_output reasoning_format reasoning_history reasoning_split return_token_ids safe_prompt
-    safety_model separate_reasoning thinking thinking_budget top_n typical_p""",
-    # vLLM, SGLang.
-    """add_generation_prompt add_special_tokens allowed_token_ids bad_words best_of cache_salt
-    chat_template chat_template_kwargs continue_final_message custom_logit_processor
-    custom_params documents ebnf guided_choice guided_grammar guided_json guided_regex
-    include_stop_str_in_output length_penalty logits_processors lora_path min_tokens
-    mm_processor_kwargs no_stop_trim priority prompt_logprobs regex return_hidden_states
-    return_prompt_text skip_special_tokens spaces_between_special_tokens stop_regex
-    stop_token_ids structured_outputs structural_tag thinking_token_budget
-    truncate_prompt_tokens use_beam_search""",
-    # llama-server, Ollama, LM Studio, mlx-lm.
+    # OpenAI: API reference, chat and completions; but for suffix, as resample() has one.
+    """audio best_of echo function_call functions logit_bias max_completion_tokens metadata
+    modalities moderation parallel_tool_calls prediction prompt_cache_key prompt_cache_options
+    prompt_cache_retention reasoning_effort response_format safety_identifier service_tier stop
+    store stream_options tool_choice tools user verbosity web_search_options""",
+    # OpenRouter: openapi.yaml (ChatRequest); deprecated: include_reasoning, route, usage.
+    """cache_control debug deferred_tools image_config include_reasoning min_p models plugins
+    reasoning repetition_penalty route session_id stop_server_tools_when top_a trace usage""",
+    # The types of the clients of Fireworks, Together, Groq, Cerebras, SambaNova and Mistral.
+    """chat_template_kwargs citation_options clear_thinking compliance compound_custom
+    context_length_exceeded_behavior disable_reasoning disable_tool_validation do_sample documents
+    echo_last exclude_domains grammar_root guardrails ignore_eos images include_domains
+    min_completion_tokens min_tokens mirostat_lr mirostat_target model_parameters
+    perf_metrics_in_response prompt_cache_isolation_key prompt_logprobs prompt_mode
+    prompt_truncate_len random_seed raw_output reasoning_format reasoning_history
+    return_raw_tokens return_token_ids safe_prompt safe_tokenization safety_model search_settings
+    speculation thinking top_prompt_logprobs typical_p""",
+    # API references: Novita, Qwen and SiliconFlow (enable_thinking, thinking_budget), MiniMax.
+    "enable_thinking reasoning_split separate_reasoning thinking_budget",
+    # vLLM 0.33: protocol.py of chat_completion and completion; guided_*: before 0.12.
+    """add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template
+    continue_final_message guided_choice guided_grammar guided_json guided_regex
+    include_stop_str_in_output length_penalty logprob_token_ids media_io_kwargs mm_processor_kwargs
+    priority prompt_embeds repetition_detection request_id return_mm_kwargs return_prompt_text
+    return_token_offsets return_tokens_as_token_ids skip_special_tokens
+    spaces_between_special_tokens stop_token_ids stream_interval structured_outputs
+    thinking_token_budget truncate_prompt_tokens truncation_side use_beam_search vllm_xargs
+    watermarking""",
+    # SGLang 0.5.23: protocol.py.
+    """custom_labels custom_logit_processor custom_params ebnf extra_key images_config input_ids
+    json_schema lora_path max_dynamic_patch min_dynamic_patch no_stop_trim regex
+    return_cached_tokens_details return_hidden_states return_meta_info return_prompt_token_ids
+    return_routed_experts return_sampling_mask return_spec_tokens_details rid
+    sampling_logprobs_mode session_params stop_regex stream_reasoning task use_audio_in_video
+    video_config watermark""",
+    # llama-server: README.md, POST /completion and /v1/chat/completions; top_n_sigma: its source.
     """cache_prompt dry_allowed_length dry_base dry_multiplier dry_penalty_last_n
-    dry_sequence_breakers dynatemp_exponent dynatemp_range grammar grammar_lazy id_slot
-    json_schema keep_alive min_keep mirostat mirostat_eta mirostat_tau n_keep n_predict n_probs
-    options post_sampling_probs repeat_last_n repeat_penalty repetition_context_size
-    return_tokens samplers think timings_per_token top_n_sigma ttl xtc_probability xtc_threshold""",
+    dry_sequence_breakers dynatemp_exponent dynatemp_range grammar id_slot lora min_keep mirostat
+    mirostat_eta mirostat_tau n_cache_reuse n_cmpl n_indent n_keep n_predict n_probs
+    post_sampling_probs reasoning_control repeat_last_n repeat_penalty response_fields
+    return_progress return_tokens samplers sse_ping_interval t_max_predict_ms timings_per_token
+    top_n_sigma xtc_probability xtc_threshold""",
+    # mlx-lm: SERVER.md. LM Studio: ttl, draft_model. Ollama's /v1 has no field of its own.
+    """adapters draft_model frequency_context_size num_draft_tokens presence_context_size
+    repetition_context_size role_mapping ttl""",
 )).split())
-# What people call settings and arguments of ours, and what stands elsewhere.
-_OTHER_NAMES = {
-    "allow_fallbacks": "provider={'allow_fallbacks': …}", "api_base": "base_url",
-    "at": "resample(at=…)",
-    "cache": "use_cache", "cache_path": "cache_dir", "chunks": "resample's second argument",
-    "concurrency": "max_concurrency", "dry_run": "offline=True", "extra_body": "extra",
-    "ignore": "provider={'ignore': …}", "indices": "resample(at=…)", "k": "n_samples",
-    "key": "api_key", "max_length": "max_tokens", "max_new_tokens": "max_tokens",
-    "max_workers": "max_concurrency", "model_name": "model",
-    "n_samples": "generate(prompt, n_samples)",
-    "num_responses": "n_samples", "num_return_sequences": "n_samples", "num_retries": "max_retries",
-    "num_samples": "n_samples", "num_workers": "max_concurrency", "only": "provider={'only': …}",
-    "order": "provider={'order': …}", "parts": "resample's second argument",
-    "positions": "resample(at=…)", "prefix": "a <think> in the prompt, or prefill",
-    "preset": "create_client(preset=…)", "quantizations": "provider={'quantizations': …}",
-    "rate_limit": "requests_per_minute", "request_timeout": "timeout", "retries": "max_retries",
-    "rpm": "requests_per_minute", "samples": "n_samples", "sentences": "resample's second argument",
-    "show_progress": "progress_bar", "sort": "provider={'sort': …}", "stop_sequences": "stop",
-    "suffix": "resample(suffix=…)", "system": "a message of that role",
-    "system_prompt": "a message of the role 'system'", "temp": "temperature",
-    "tqdm": "progress_bar",
-    "url": "base_url", "workers": "max_concurrency",
-}
+
+# What people call settings, arguments and fields, and what is meant; * stands for the name. A name
+# that is close to one of these is found too.
+_OTHER_NAMES = """
+    api_base api_url azure_endpoint endpoint_url host openai_api_base server_url url: base_url
+    deployment_name engine llm model_name model_path pretrained: model
+    api backend custom_llm_provider vendor: provider
+    allow_fallbacks data_collection ignore max_price only: provider={'*': …}
+    order quantizations require_parameters sort zdr: provider={'*': …}
+    max_completion_length max_gen_toks max_generation_tokens max_length: max_tokens
+    max_new_tokens max_output_tokens max_tokens_to_sample num_predict: max_tokens
+    t temp: temperature
+    nucleus p: top_p
+    freq_penalty: frequency_penalty
+    pres_penalty: presence_penalty
+    rep_pen rep_penalty: repetition_penalty
+    eos stop_sequences stop_strings stop_tokens stop_words until: stop
+    effort reasoning_level think thinking_level thinking_mode: reasoning_effort
+    json json_mode output_format response_model response_schema schema: response_format
+    transforms: plugins=[{'id': 'context-compression'}]
+    keep_alive num_ctx options: a setting of the Ollama server, as its /v1 takes none
+    additional_kwargs extra_body extra_kwargs extra_params generation_config: extra={…}
+    generation_kwargs kwargs model_kwargs params sampling_kwargs sampling_params: extra={…}
+    base_seed first_seed random_state rng_seed seed_offset seed_start start_seed: seed
+    max_time request_timeout time_limit timeout_seconds: timeout
+    max_attempts num_retries retry: max_retries
+    batch_size concurrent_requests max_connections max_workers n_jobs: max_concurrency
+    num_concurrent num_processes parallelism threads workers: max_concurrency
+    qps rate_limit requests_per_second rpm rps: requests_per_minute
+    asynchronous is_async use_async: agenerate(…)
+    cached caching disk_cache: use_cache
+    force force_refresh no_cache overwrite recompute refresh regenerate: use_cache=False
+    cache_directory cache_folder cache_path output_dir output_path save_dir: cache_dir
+    cache_only dry_run only_cached: offline=True
+    disable_tqdm show_progress tqdm use_tqdm: progress_bar
+    debug_mode log log_level logging quiet silent verbose_level: verbose
+    k n_samples num_completions num_generations num_responses: generate(prompt, n_samples)
+    num_return_sequences num_rollouts repeats samples: generate(prompt, n_samples)
+    developer_message developer_prompt instructions: a message of the role 'system'
+    system system_instruction system_message system_prompt: a message of the role 'system'
+    assistant_prefix injection prefix prompt_prefix: a <think> in the prompt, or prefill
+    response_prefix thoughts: a <think> in the prompt, or prefill
+    chunks cot parts sentences solution steps: resample's second argument
+    at chunk_idx index indices positions sentence_idx: resample(at=…)
+    suffix: resample(suffix=…)
+    preset: create_client(preset=…)
+"""
+
+
+def _bare(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+# What each of those names means, settings and fields of the body themselves.
+_MEANINGS = {_bare(name): name for name in (*_SETTINGS, *_BODY_FIELDS)} | {
+    _bare(name): meant.replace("*", name)
+    for names, meant in re.findall(r"(.+?): (.+)", _OTHER_NAMES)
+    for name in names.split()}
 
 
 def _warn_of_unknown(name: str) -> None:
     """Warn of a keyword that is neither a setting nor a body field that some API documents."""
     if name in _BODY_FIELDS:
         return
-    known = [*_SETTINGS, *_BODY_FIELDS, *_OTHER_NAMES]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    meant = _OTHER_NAMES.get(name) or next((_OTHER_NAMES.get(each, each) for each in close), "")
-    question = f": did you mean {meant}?" if meant else "; if that is meant, pass it in extra={…}"
+    close = difflib.get_close_matches(_bare(name), _MEANINGS, n=1, cutoff=0.8)
+    question = "; if that is meant, pass it in extra={…}"
+    if close:
+        question = f": did you mean {_MEANINGS[close[0]]}?"
     _warn(
         f"{name} is neither a setting nor a body field that an API documents; it goes into the "
         f"request as it is{question}")
