@@ -12,7 +12,7 @@ settings.
 
 The rooms of this file, in order. Each uses only the rooms above it:
 
-    Basics      values read from foreign JSON, and warnings
+    Basics      values read from foreign JSON, records to write as JSON, and warnings
     Providers   a row for each API: its address, and how it continues a thought
     Settings    every field of Config: its type, default, check and help; the presets
     Errors      what can go wrong
@@ -91,7 +91,7 @@ _log = logging.getLogger(__name__)
 
 # == Basics ========================================================================================
 #
-# Replies hold what they like: these functions make a value of the expected type of anything.
+# Replies hold what they like: the first functions make a value of the expected type of anything.
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -360,6 +360,9 @@ def _optional(check: _Check) -> _Check:
     return check._replace(words=f"{check.words}, or None", convert=convert)
 
 
+_FLAG = _choice(True, False)
+
+
 @_takes("a model's id such as 'qwen/qwen3-30b-a3b'")
 def _model(value: str) -> str:
     _require(isinstance(value, str) and value.strip() and value.isprintable())
@@ -397,19 +400,21 @@ def _base_url(value: str) -> str:
 
 @_takes("a directory's path")
 def _path(value: Any) -> str:
-    path = os.path.expanduser(os.fspath(value))
+    path: Any = os.path.expanduser(os.fspath(value))
     _require(isinstance(path, str) and path and "\0" not in path)
     # A directory that is really named "~" is a trap for whoever clears it.
-    _require(not str(path).startswith("~"), "whose home directory is that? HOME is not set")
+    _require(not path.startswith("~"), "whose home directory is that? HOME is not set")
     return str(path)
 
 
-# Keywords that are not taken: (pattern, what they may be all the same, what to do instead).
-_NOT_TAKEN = (
+_NOT_TAKEN = (  # keywords: (pattern, values that do no harm, error, what to do instead)
     (r"(?i:keys?|.*api_?keys?|((api|access|auth)_?)?token|authorization|(.*_)?headers)", (),
-     "pass a key as api_key; headers cannot be set"),
-    (r"n", (None, 1), "pass n_samples, as a request draws one sample"),
-    (r"messages|prompt", (), "pass it as generate's first argument"),
+     _Refused, "pass a key as api_key; headers cannot be set"),
+    (r"n", (None, 1), _Refused, "pass n_samples, as a request draws one sample"),
+    (r"messages|prompt", (), _Refused, "pass it as generate's first argument"),
+    (r"(top_)?logprobs", (None, False), NotImplementedError,
+     "through OpenRouter, providers answer it inconsistently or not at all. Ask a provider's own "
+     "API for log probabilities"),
 )
 
 
@@ -417,13 +422,9 @@ _NOT_TAKEN = (
 def _extra(value: Mapping[str, Any]) -> dict[str, Any]:
     for name, given in value.items():
         _require(isinstance(name, str))
-        for pattern, harmless, why in _NOT_TAKEN:
+        for pattern, harmless, error, why in _NOT_TAKEN:
             if re.fullmatch(pattern, name) and given not in harmless:
-                raise _Refused(f"{name} is not taken: {why}")
-        if name in ("logprobs", "top_logprobs") and given not in (None, False):
-            raise NotImplementedError(
-                f"{name} is not supported: through OpenRouter, providers answer it inconsistently "
-                "or not at all. Ask a provider's own API for log probabilities.")
+                raise error(f"{name} is not taken: {why}")
     return dict(_json_copy(dict(value)))
 
 
@@ -442,7 +443,6 @@ def _setting(default: Any, check: _Check, help: str, *, body: bool = False) -> A
 
 _sampling = functools.partial(_setting, body=True)
 
-_FLAG = _choice(True, False)
 
 @dataclass(frozen=True)
 class Config(_Record):
@@ -455,10 +455,8 @@ class Config(_Record):
     model: str = _setting(dataclasses.MISSING, _model, "the model, as its API names it")
     temperature: Optional[float] = _sampling(0.7, _number(0, 2), "sampling temperature")
     top_p: Optional[float] = _sampling(0.95, _number(0, 1), "nucleus sampling: the mass kept")
-    max_tokens: Optional[int] = _sampling(
-        4096, _integer(1), "most tokens of one sample; thoughts count")
-    top_k: Optional[int] = _sampling(
-        None, _integer(-1), "sample among the k likeliest (-1: off, on vLLM)")
+    max_tokens: Optional[int] = _sampling(4096, _integer(1), "most tokens, thoughts included")
+    top_k: Optional[int] = _sampling(None, _integer(-1), "among the k likeliest (-1: off, on vLLM)")
     presence_penalty: Optional[float] = _sampling(
         None, _number(-2, 2), "penalty for a token that occurred")
     frequency_penalty: Optional[float] = _sampling(
@@ -468,18 +466,16 @@ class Config(_Record):
     provider: Union[str, dict[str, Any], None] = _setting(
         None, _provider, "the API to call (default openrouter), or OpenRouter's routing")
     base_url: Optional[str] = _setting(
-        None, _base_url, "any compatible server; default <PROVIDER>_base_url, else the provider's")
+        None, _base_url, "any compatible server; default <PROVIDER>_BASE_URL, else the provider's")
     endpoint: str = _setting(
         "chat", _choice("chat", "completions"), "'completions' sends a str prompt as it is")
-    api_key: Optional[str] = _setting(
-        None, _api_key, "default <PROVIDER>_API_KEY from the environment")
+    api_key: Optional[str] = _setting(None, _api_key, "default <PROVIDER>_API_KEY")
     use_cache: Union[bool, str] = _setting(
         True, _choice(True, False, "json", "sql"), "True or 'json': a file a sample; 'sql': SQLite")
     cache_dir: str = _setting(".rollouts", _path, "where the cache is")
     offline: bool = _setting(
         False, _FLAG, "send nothing: what is not in the cache is an error that says so")
-    progress_bar: bool = _setting(
-        True, _FLAG, "show progress on stderr for more than one sample")
+    progress_bar: bool = _setting(True, _FLAG, "show progress on stderr, if of several samples")
     verbose: bool = _setting(False, _FLAG, "say on stderr what each sample did")
     requests_per_minute: Optional[float] = _setting(
         None, _number(0, 1e6, above=True), "most requests started in any minute")
@@ -487,8 +483,7 @@ class Config(_Record):
     max_retries: int = _setting(10, _integer(0, 1000), "attempts after the first")
     timeout: float = _setting(
         600.0, _number(0, 86_400, above=True), "seconds for one attempt, by the clock")
-    stream: Optional[bool] = _setting(
-        None, _FLAG, "ask for a streamed reply; None: as the provider needs it")
+    stream: Optional[bool] = _setting(None, _FLAG, "stream replies; None: if the API needs it")
     prefill: Optional[str] = _setting(
         None, _choice(*_PREFILLS), "how an injection is sent; None: the provider's way")
     extra: dict[str, Any] = _setting(
@@ -635,10 +630,10 @@ def _warn_of_unknown(name: str) -> None:
 
 def _with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """*config* with *settings* in place; what is no setting goes into ``extra``."""
-    known = {name: value for name, value in settings.items() if name in _SETTINGS}
-    further = {name: value for name, value in settings.items() if name not in _SETTINGS}
-    own = _extra("extra", known.get("extra", {}))
-    changed = dataclasses.replace(config, **{**known, "extra": {**config.extra, **own, **further}})
+    known = dict(settings)
+    further = {name: known.pop(name) for name in settings if name not in _SETTINGS}
+    own = _extra("extra", known.pop("extra", {}))
+    changed = dataclasses.replace(config, **known, extra={**config.extra, **own, **further})
     for name in further:
         _warn_of_unknown(name)
     return changed
@@ -689,9 +684,9 @@ class APIError(_Record, RolloutsError):
         return ": ".join(filter(None, (head, self.message))) + advice
 
     def __repr__(self) -> str:
+        plain = APIError(self.message).to_dict()
         details = "".join(
-            f", {name}={value!r}" for name, value in self.to_dict().items()
-            if name != "message" and value not in (None, "") and value is not False)
+            f", {name}={value!r}" for name, value in self.to_dict().items() if value != plain[name])
         return f"{type(self).__name__}({self.message!r}{details})"
 
     @classmethod
@@ -730,7 +725,6 @@ def _is_scarcity(error: BaseException) -> bool:
 # What a call returns. No I/O here, and nothing that is stored twice.
 
 _Data = TypeVar("_Data")
-
 
 # What a field takes, by the type of its default; any other takes that type alone.
 _TYPES: dict[Any, tuple[type, ...]] = {
@@ -1523,6 +1517,7 @@ def _body_of(config: Config, api: _Api) -> dict[str, Any]:
 
 
 def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """*fields* without those that are None, which are not sent."""
     return {name: value for name, value in fields.items() if value is not None}
 
 

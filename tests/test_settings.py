@@ -1012,7 +1012,7 @@ class Keys(Settings):
         for settings in (
             {"api_key": "sk-sécret"}, {"api_key": "sk sk-secret"}, {"api_key": ["sk-secret"]},
             {"base_url": "http://me:sk-secret@host/v1"}, {"base_url": "http://host/v1?key=sk-secret"},
-            {"base_url": "http://host/v1#sk-secret"},
+            {"base_url": "http://host/v1#sk-secret"}, {"base_url": "http://me:sk-secret\u2100@host/v1"},
         ):
             name = next(iter(settings))
             with self.subTest(settings=settings), self.assertRaisesRegex(ValueError, f"^{name} takes ") as caught:
