@@ -12,7 +12,7 @@ settings.
 
 The rooms of this file, in order. Each uses only the rooms above it:
 
-    Basics      values read from foreign JSON, and warnings
+    Basics      values read from foreign JSON, records to write as JSON, and warnings
     Providers   a row for each API: its address, and how it continues a thought
     Settings    every field of Config: its type, default, check and help; the presets
     Errors      what can go wrong
@@ -91,7 +91,7 @@ _log = logging.getLogger(__name__)
 
 # == Basics ========================================================================================
 #
-# Replies hold what they like: these functions make a value of the expected type of anything.
+# Replies hold what they like: the first functions make a value of the expected type of anything.
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -110,8 +110,6 @@ def _seconds(value: Any, unit: float = 1.0) -> Optional[float]:
 
 def _count(value: Any) -> int:
     """*value*, a number or a str of one, as an int that any database holds; 0 for anything else."""
-    if value is None:
-        return 0
     number = _seconds(value)
     return int(number) if number is not None and number < 2**63 else 0
 
@@ -121,16 +119,30 @@ def _json_copy(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
 
 
+class _Record:
+    """A dataclass that turns into plain values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by their names, as plain dicts, lists and values."""
+        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.name: _plain(getattr(self, field.name)) for field in fields}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.to_dict() if isinstance(value, _Record) else value
+
+
 def _warn(text: str) -> None:
     """Warn at the line that called into this module.
 
     Python shows a text once a line. A shortfall must be told each time, hence a registry of its
     own.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_back is not None and frame.f_globals is globals():
+    frame: Any = inspect.currentframe()
+    while frame.f_globals is globals() and frame.f_back is not None:
         frame = frame.f_back
-    assert frame is not None
     module = frame.f_globals.get("__name__") or "<unknown>"
     warnings.warn_explicit(
         text, UserWarning, frame.f_code.co_filename, frame.f_lineno, module, registry={})
@@ -173,8 +185,8 @@ class _Provider(NamedTuple):
     needs_key: bool = True
     stream_above: Optional[int] = None  # more max_tokens than this are refused unstreamed
     stream_options: bool = True  # takes stream_options, which asks for the usage of a stream
-    seed: str = "seed"  # the name of that field
-    omits: tuple[tuple[str, str], ...] = ()  # (pattern of models, default field that they refuse)
+    seed: str = "seed"  # the name of that field; "" where it is refused
+    no_top_p: Optional[str] = None  # pattern of models that refuse it beside a temperature
     echoes: bool = False  # its replies begin with the injected text
     raw_completions: bool = True  # /completions takes a prompt as it is
     headers: Mapping[str, str] = {}
@@ -208,10 +220,9 @@ _PROVIDERS = {
     # From Claude 4.1 on, temperature and top_p together are refused (observed).
     "anthropic": _Provider(
         "https://api.anthropic.com/v1",
-        omits=((r"claude-(?:opus|sonnet|haiku)-(?:4[-.][1-9](?!\d)|[5-9])", "top_p"),)),
+        no_top_p=r"claude-(?:opus|sonnet|haiku)-(?:4[-.][1-9](?!\d)|[5-9])"),
     "gemini": _Provider(  # refuses `seed` (observed)
-        "https://generativelanguage.googleapis.com/v1beta/openai", prefill=None,
-        omits=(("", "seed"),)),
+        "https://generativelanguage.googleapis.com/v1beta/openai", prefill=None, seed=""),
     "vllm": _Provider(
         "http://localhost:8000/v1", prefill="continue_final_message", needs_key=False),
     # Without the flag it turns the trailing message into one of the user (serving_chat.py, 0.5.23).
@@ -277,12 +288,15 @@ class _Refused(ValueError):
     """A keyword that is not taken. The message says all, and shows no value, which may be a key."""
 
 
+# What no message shows: a key, and an address in which one may stand.
+_SECRET = re.compile(r"(?is)\w*api_key=|\w*base_url=.*[?#@]")
+
+
 class _Check(NamedTuple):
     """What a setting takes, in words, and the function that converts a value to it, or fails."""
 
     words: str
     convert: Callable[[Any], Any]
-    is_secret: bool = False
 
     def __call__(self, name: str, value: Any) -> Any:
         try:
@@ -290,11 +304,15 @@ class _Check(NamedTuple):
         except _Refused as error:
             raise ValueError(str(error)) from None
         except (ValueError, TypeError, AttributeError) as error:
-            is_url = name.lower().endswith("base_url") and re.search(r"[?#@]", str(value))
-            is_secret = self.is_secret or is_url  # a key may stand in such an address
+            is_secret = _SECRET.match(f"{name}={value}")
             shown = "the value given, which is not shown" if is_secret else f"{value!r:.200}"
-            why = f" ({error})" if str(error) and not self.is_secret else ""
+            why = f" ({error})" if str(error) else ""
             raise ValueError(f"{name} takes {self.words}, not {shown}{why}") from None
+
+
+def _takes(words: str) -> Callable[[Callable[[Any], Any]], _Check]:
+    """Make a check of a function that converts."""
+    return functools.partial(_Check, words)
 
 
 def _require(condition: object, why: str = "") -> None:
@@ -302,10 +320,15 @@ def _require(condition: object, why: str = "") -> None:
         raise ValueError(why)
 
 
+def _require_number(value: Any, kind: type, low: float, high: float) -> None:
+    _require(isinstance(value, kind) and not isinstance(value, bool))  # numpy's too
+    _require(low <= value <= high)  # NaN fails here
+
+
 def _number(low: float, high: float, *, above: bool = False) -> _Check:
     def convert(value: Any) -> float:
-        _require(isinstance(value, numbers.Real) and not isinstance(value, bool))  # numpy's too
-        _require(low <= value <= high and not (above and value == low))  # NaN fails here
+        _require_number(value, numbers.Real, low, high)
+        _require(value > low or not above)
         return float(value)
 
     start = f"above {low:g} and up" if above else f"from {low:g}"
@@ -314,8 +337,7 @@ def _number(low: float, high: float, *, above: bool = False) -> _Check:
 
 def _integer(low: int, high: int = 2**63 - 1) -> _Check:
     def convert(value: Any) -> int:
-        _require(isinstance(value, numbers.Integral) and not isinstance(value, bool))
-        _require(low <= value <= high)
+        _require_number(value, numbers.Integral, low, high)
         return int(value)
 
     end = f"to {high}" if high < 2**62 else "up"
@@ -324,8 +346,7 @@ def _integer(low: int, high: int = 2**63 - 1) -> _Check:
 
 def _choice(*options: Any) -> _Check:
     def convert(value: Any) -> Any:
-        same = [option for option in options if type(option) is type(value) and option == value]
-        _require(same)  # 1 is not True
+        _require(any(type(each) is type(value) and each == value for each in options))  # True != 1
         return value
 
     return _Check("one of " + ", ".join(map(repr, options)), convert)
@@ -338,210 +359,142 @@ def _optional(check: _Check) -> _Check:
     return check._replace(words=f"{check.words}, or None", convert=convert)
 
 
-def _convert_model(value: str) -> str:
+_FLAG = _choice(True, False)
+
+
+@_takes("a model's id such as 'qwen/qwen3-30b-a3b'")
+def _model(value: str) -> str:
     _require(isinstance(value, str) and value.strip() and value.isprintable())
     return value.strip()
 
 
-def _convert_key(value: str) -> Optional[_Key]:
+@_takes("a key of printable ASCII without blanks")
+def _api_key(value: str) -> Optional[_Key]:
     _require(isinstance(value, str))
     key = value.strip()
     _require(all("!" <= character <= "~" for character in key))
     return _Key(key) if key else None
 
 
-def _convert_provider(value: Any) -> Union[str, dict[str, Any]]:
+@_takes("the name of an API, or OpenRouter's routing object (a dict)")
+def _provider(value: Any) -> Union[str, dict[str, Any]]:
     if isinstance(value, Mapping):
         return dict(_json_copy(dict(value)))
-    _require(
-        isinstance(value, str) and value.lower() in _PROVIDERS, "known: " + ", ".join(_PROVIDERS))
-    return str(value.lower())
+    name = str(value).lower()
+    _require(name in _PROVIDERS, "known: " + ", ".join(_PROVIDERS))
+    return name
 
 
-def _convert_base_url(value: str) -> str:
+@_takes("an address such as 'http://localhost:8080/v1'")
+def _base_url(value: str) -> str:
     url = value.strip()
+    _require(value.isascii() and url.isprintable() and " " not in url)
     parts = urllib.parse.urlsplit(url)
     _require(parts.scheme in ("http", "https") and parts.hostname)
-    _require(url.isprintable() and " " not in url and value.isascii())
     has_more = parts.query or parts.fragment or "@" in parts.netloc
     _require(not has_more, "no key, query or fragment in it")
     _require(parts.port != 0 and str(parts.hostname).encode("idna"))
     return url.rstrip("/").removesuffix("/chat/completions").removesuffix("/completions")
 
 
-def _convert_path(value: Any) -> str:
-    path = os.path.expanduser(os.fspath(value))
+@_takes("a directory's path")
+def _path(value: Any) -> str:
+    path: Any = os.path.expanduser(os.fspath(value))
     _require(isinstance(path, str) and path and "\0" not in path)
     # A directory that is really named "~" is a trap for whoever clears it.
-    _require(not str(path).startswith("~"), "whose home directory is that? HOME is not set")
+    _require(not path.startswith("~"), "whose home directory is that? HOME is not set")
     return str(path)
 
 
-def _convert_extra(value: Mapping[str, Any]) -> dict[str, Any]:
-    key_names = r"keys?|.*api_?keys?|((api|access|auth)_?)?token|authorization|(.*_)?headers"
+_NOT_TAKEN = (  # keywords: (pattern, values that do no harm, error, what to do instead)
+    (r"(?i:keys?|.*api_?keys?|((api|access|auth)_?)?token|authorization|(.*_)?headers)", (),
+     _Refused, "pass a key as api_key; headers cannot be set"),
+    (r"n", (None, 1), _Refused, "pass n_samples, as a request draws one sample"),
+    (r"messages|prompt", (), _Refused, "pass it as generate's first argument"),
+    (r"(top_)?logprobs", (None, False), NotImplementedError,
+     "through OpenRouter, providers answer it inconsistently or not at all. Ask a provider's own "
+     "API for log probabilities"),
+)
+
+
+@_takes("a dict of further body fields that JSON can hold")
+def _extra(value: Mapping[str, Any]) -> dict[str, Any]:
     for name, given in value.items():
         _require(isinstance(name, str))
-        if re.fullmatch(key_names, name, re.I):
-            raise _Refused(f"{name} is not taken: pass a key as api_key; headers cannot be set")
-        if name in ("logprobs", "top_logprobs") and given not in (None, False):
-            raise NotImplementedError(
-                f"{name} is not supported: through OpenRouter, providers answer it inconsistently "
-                "or not at all. Ask a provider's own API for log probabilities.")
-        if name == "n" and given not in (None, 1):
-            raise _Refused("n is not taken: pass n_samples, as a request draws one sample")
-        if name in ("messages", "prompt"):
-            raise _Refused(f"{name} is not taken: pass it as generate's first argument")
+        for pattern, harmless, error, why in _NOT_TAKEN:
+            if re.fullmatch(pattern, name) and given not in harmless:
+                raise error(f"{name} is not taken: {why}")
     return dict(_json_copy(dict(value)))
 
 
-# Fields of the body that APIs document, so that none of them is taken for a misspelling.
-_BODY_FIELDS = frozenset(" ".join((
-    # OpenAI.
-    """audio logit_bias max_completion_tokens metadata modalities parallel_tool_calls prediction
-    prompt_cache_key reasoning_effort response_format safety_identifier service_tier stop store
-    stream_options tool_choice tools user verbosity web_search_options""",
-    # OpenRouter.
-    """cache_control debug include_reasoning min_p models plugins reasoning repetition_penalty
-    route session_id top_a transforms usage""",
-    # Fireworks, Together, Groq, Cerebras, Novita, SambaNova, DeepSeek, Mistral.
-    """clear_thinking compound_custom context_length_exceeded_behavior disable_reasoning do_sample
-    echo enable_thinking ignore_eos mirostat_lr mirostat_target prompt_truncate_len random_seed
-    raw_output reasoning_format reasoning_history reasoning_split return_token_ids safe_prompt
-    safety_model separate_reasoning thinking thinking_budget top_n typical_p""",
-    # vLLM, SGLang.
-    """add_generation_prompt add_special_tokens allowed_token_ids bad_words best_of cache_salt
-    chat_template chat_template_kwargs continue_final_message custom_logit_processor
-    custom_params documents ebnf guided_choice guided_grammar guided_json guided_regex
-    include_stop_str_in_output length_penalty logits_processors lora_path min_tokens
-    mm_processor_kwargs no_stop_trim priority prompt_logprobs regex return_hidden_states
-    return_prompt_text skip_special_tokens spaces_between_special_tokens stop_regex
-    stop_token_ids structured_outputs structural_tag thinking_token_budget
-    truncate_prompt_tokens use_beam_search""",
-    # llama-server, Ollama, LM Studio, mlx-lm.
-    """cache_prompt dry_allowed_length dry_base dry_multiplier dry_penalty_last_n
-    dry_sequence_breakers dynatemp_exponent dynatemp_range grammar grammar_lazy id_slot
-    json_schema keep_alive min_keep mirostat mirostat_eta mirostat_tau n_keep n_predict n_probs
-    options post_sampling_probs repeat_last_n repeat_penalty repetition_context_size
-    return_tokens samplers think timings_per_token top_n_sigma ttl xtc_probability xtc_threshold""",
-)).split())
-# What people call settings and arguments of ours, and what stands elsewhere.
-_OTHER_NAMES = {
-    "allow_fallbacks": "provider={'allow_fallbacks': …}", "api_base": "base_url",
-    "at": "resample(at=…)",
-    "cache": "use_cache", "cache_path": "cache_dir", "chunks": "resample's second argument",
-    "concurrency": "max_concurrency", "dry_run": "offline=True", "extra_body": "extra",
-    "ignore": "provider={'ignore': …}", "indices": "resample(at=…)", "k": "n_samples",
-    "key": "api_key", "max_length": "max_tokens", "max_new_tokens": "max_tokens",
-    "max_workers": "max_concurrency", "model_name": "model",
-    "n_samples": "generate(prompt, n_samples)",
-    "num_responses": "n_samples", "num_return_sequences": "n_samples", "num_retries": "max_retries",
-    "num_samples": "n_samples", "num_workers": "max_concurrency", "only": "provider={'only': …}",
-    "order": "provider={'order': …}", "parts": "resample's second argument",
-    "positions": "resample(at=…)", "prefix": "a <think> in the prompt, or prefill",
-    "preset": "create_client(preset=…)", "quantizations": "provider={'quantizations': …}",
-    "rate_limit": "requests_per_minute", "request_timeout": "timeout", "retries": "max_retries",
-    "rpm": "requests_per_minute", "samples": "n_samples", "sentences": "resample's second argument",
-    "show_progress": "progress_bar", "sort": "provider={'sort': …}", "stop_sequences": "stop",
-    "suffix": "resample(suffix=…)", "system": "a message of that role",
-    "system_prompt": "a message of the role 'system'", "temp": "temperature",
-    "tqdm": "progress_bar",
-    "url": "base_url", "workers": "max_concurrency",
-}
-
-
-def _warn_of_unknown(name: str, settings: Iterable[str]) -> None:
-    """Warn of a keyword that is neither a setting nor a body field that some API documents."""
-    if name in _BODY_FIELDS:
-        return
-    known = [*settings, *_BODY_FIELDS, *_OTHER_NAMES]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    meant = _OTHER_NAMES.get(name) or next((_OTHER_NAMES.get(each, each) for each in close), "")
-    question = f": did you mean {meant}?" if meant else "; if that is meant, pass it in extra={…}"
-    _warn(
-        f"{name} is neither a setting nor a body field that an API documents; it goes into the "
-        f"request as it is{question}")
-
-
 def _setting(default: Any, check: _Check, help: str, *, body: bool = False) -> Any:
-    """A field of Config. *help* is shown to users; *body* says that it goes into the request."""
+    """A field of Config. *help* is shown to users; *body* says that it goes into the request.
+
+    It takes None where that is its default, and in the body, which then goes without it.
+    """
+    if default is None or body:
+        check = _optional(check)
     metadata = {"check": check, "help": help, "body": body}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_FLAG = _choice(True, False)
-_MODEL = _Check("a model's id such as 'qwen/qwen3-30b-a3b'", _convert_model)
-_PROVIDER = _Check("the name of an API, or OpenRouter's routing object (a dict)", _convert_provider)
-_BASE_URL = _optional(_Check("an address such as 'http://localhost:8080/v1'", _convert_base_url))
-_API_KEY = _optional(_Check("a key of printable ASCII without blanks", _convert_key, True))
-_PATH = _Check("a directory's path", _convert_path)
-_EXTRA = _Check("a dict of further body fields that JSON can hold", _convert_extra)
+_sampling = functools.partial(_setting, body=True)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_Record):
     """Every setting of a client, checked: ``RolloutsClient(**config.to_dict())``.
 
     A field that the API reads is left out of the request where it is None, so that the API's own
     default holds. ValueError names the field, the value it got and what it takes.
     """
 
-    model: str = _setting(dataclasses.MISSING, _MODEL, "the model, as its API names it")
-    temperature: Optional[float] = _setting(
-        0.7, _optional(_number(0, 2)), "sampling temperature", body=True)
-    top_p: Optional[float] = _setting(
-        0.95, _optional(_number(0, 1)), "nucleus sampling: the mass kept", body=True)
-    max_tokens: Optional[int] = _setting(
-        4096, _optional(_integer(1)), "most tokens of one sample; thoughts count", body=True)
-    top_k: Optional[int] = _setting(
-        None, _optional(_integer(-1)), "sample among the k likeliest (-1: off, on vLLM)", body=True)
-    presence_penalty: Optional[float] = _setting(
-        None, _optional(_number(-2, 2)), "penalty for a token that occurred", body=True)
-    frequency_penalty: Optional[float] = _setting(
-        None, _optional(_number(-2, 2)), "penalty by how often a token occurred", body=True)
+    model: str = _setting(dataclasses.MISSING, _model, "the model, as its API names it")
+    temperature: Optional[float] = _sampling(0.7, _number(0, 2), "sampling temperature")
+    top_p: Optional[float] = _sampling(0.95, _number(0, 1), "nucleus sampling: the mass kept")
+    max_tokens: Optional[int] = _sampling(4096, _integer(1), "most tokens, thoughts included")
+    top_k: Optional[int] = _sampling(None, _integer(-1), "among the k likeliest (-1: off, on vLLM)")
+    presence_penalty: Optional[float] = _sampling(
+        None, _number(-2, 2), "penalty for a token that occurred")
+    frequency_penalty: Optional[float] = _sampling(
+        None, _number(-2, 2), "penalty by how often a token occurred")
     seed: Optional[int] = _setting(
         0, _optional(_integer(0)), "seed of the first sample; the next ones count up; None: none")
     provider: Union[str, dict[str, Any], None] = _setting(
-        None, _optional(_PROVIDER), "the API to call (default openrouter), or OpenRouter's routing")
+        None, _provider, "the API to call (default openrouter), or OpenRouter's routing")
     base_url: Optional[str] = _setting(
-        None, _BASE_URL, "any compatible server; default <PROVIDER>_BASE_URL, else the provider's")
+        None, _base_url, "any compatible server; default <PROVIDER>_BASE_URL, else the provider's")
     endpoint: str = _setting(
         "chat", _choice("chat", "completions"), "'completions' sends a str prompt as it is")
-    api_key: Optional[str] = _setting(
-        None, _API_KEY, "default <PROVIDER>_API_KEY from the environment")
+    api_key: Optional[str] = _setting(None, _api_key, "default <PROVIDER>_API_KEY")
     use_cache: Union[bool, str] = _setting(
         True, _choice(True, False, "json", "sql"), "True or 'json': a file a sample; 'sql': SQLite")
-    cache_dir: str = _setting(".rollouts", _PATH, "where the cache is")
+    cache_dir: str = _setting(".rollouts", _path, "where the cache is")
     offline: bool = _setting(
         False, _FLAG, "send nothing: what is not in the cache is an error that says so")
-    progress_bar: bool = _setting(
-        True, _FLAG, "show progress on stderr for more than one sample")
+    progress_bar: bool = _setting(True, _FLAG, "show progress on stderr, if of several samples")
     verbose: bool = _setting(False, _FLAG, "say on stderr what each sample did")
     requests_per_minute: Optional[float] = _setting(
-        None, _optional(_number(0, 1e6, above=True)), "most requests started in any minute")
+        None, _number(0, 1e6, above=True), "most requests started in any minute")
     max_concurrency: int = _setting(100, _integer(1, 10_000), "most requests under way at once")
     max_retries: int = _setting(10, _integer(0, 1000), "attempts after the first")
     timeout: float = _setting(
         600.0, _number(0, 86_400, above=True), "seconds for one attempt, by the clock")
-    stream: Optional[bool] = _setting(
-        None, _optional(_FLAG), "ask for a streamed reply; None: as the provider needs it")
+    stream: Optional[bool] = _setting(None, _FLAG, "stream replies; None: if the API needs it")
     prefill: Optional[str] = _setting(
-        None, _optional(_choice(*_PREFILLS)), "how an injection is sent; None: the provider's way")
+        None, _choice(*_PREFILLS), "how an injection is sent; None: the provider's way")
     extra: dict[str, Any] = _setting(
-        dict, _EXTRA, "further fields of the body; further keywords of a client land here")
+        dict, _extra, "further fields of the body; further keywords of a client land here")
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
             value = setting.metadata["check"](setting.name, getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)  # as converted; the class is frozen
         for name in self.extra:
-            if hasattr(Config, name) or name in ("model", "extra"):
+            if name in vars(self):
                 raise ValueError(f"extra takes fields of the body; {name} is a setting of its own")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings by their names, the key among them."""
-        return {setting.name: getattr(self, setting.name) for setting in dataclasses.fields(self)}
 
 
 _SETTINGS = {setting.name: setting for setting in dataclasses.fields(Config)}
@@ -552,15 +505,136 @@ if Config.__doc__:  # absent under python -OO
         + ("." if setting.default is dataclasses.MISSING else f"; default {setting.default!r}.")
         for name, setting in _SETTINGS.items())])
 
+# Fields of the body that APIs document, so that none of them is taken for a misspelling. Left out
+# are those that are refused (n, logprobs), and those that the nodes of a cluster send each other.
+_BODY_FIELDS = frozenset(" ".join((
+    # OpenAI: API reference, chat and completions; but for suffix, as resample() has one.
+    """audio best_of echo function_call functions logit_bias max_completion_tokens metadata
+    modalities moderation parallel_tool_calls prediction prompt_cache_key prompt_cache_options
+    prompt_cache_retention reasoning_effort response_format safety_identifier service_tier stop
+    store stream_options tool_choice tools user verbosity web_search_options""",
+    # OpenRouter: openapi.yaml (ChatRequest); deprecated: include_reasoning, route, usage.
+    """cache_control debug deferred_tools image_config include_reasoning min_p models plugins
+    reasoning repetition_penalty route session_id stop_server_tools_when top_a trace usage""",
+    # The types of the clients of Fireworks, Together, Groq, Cerebras, SambaNova and Mistral.
+    """chat_template_kwargs citation_options clear_thinking compliance compound_custom
+    context_length_exceeded_behavior disable_reasoning disable_tool_validation do_sample documents
+    echo_last exclude_domains grammar_root guardrails ignore_eos images include_domains
+    min_completion_tokens min_tokens mirostat_lr mirostat_target model_parameters
+    perf_metrics_in_response prompt_cache_isolation_key prompt_logprobs prompt_mode
+    prompt_truncate_len random_seed raw_output reasoning_format reasoning_history
+    return_raw_tokens return_token_ids safe_prompt safe_tokenization safety_model search_settings
+    speculation thinking top_prompt_logprobs typical_p""",
+    # API references: Novita, Qwen and SiliconFlow (enable_thinking, thinking_budget), MiniMax.
+    "enable_thinking reasoning_split separate_reasoning thinking_budget",
+    # vLLM 0.33: protocol.py of chat_completion and completion; guided_*: before 0.12.
+    """add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template
+    continue_final_message guided_choice guided_grammar guided_json guided_regex
+    include_stop_str_in_output length_penalty logprob_token_ids media_io_kwargs mm_processor_kwargs
+    priority prompt_embeds repetition_detection request_id return_mm_kwargs return_prompt_text
+    return_token_offsets return_tokens_as_token_ids skip_special_tokens
+    spaces_between_special_tokens stop_token_ids stream_interval structured_outputs
+    thinking_token_budget truncate_prompt_tokens truncation_side use_beam_search vllm_xargs
+    watermarking""",
+    # SGLang 0.5.23: protocol.py.
+    """custom_labels custom_logit_processor custom_params ebnf extra_key images_config input_ids
+    json_schema lora_path max_dynamic_patch min_dynamic_patch no_stop_trim regex
+    return_cached_tokens_details return_hidden_states return_meta_info return_prompt_token_ids
+    return_routed_experts return_sampling_mask return_spec_tokens_details rid
+    sampling_logprobs_mode session_params stop_regex stream_reasoning task use_audio_in_video
+    video_config watermark""",
+    # llama-server: README.md, POST /completion and /v1/chat/completions; top_n_sigma: its source.
+    """cache_prompt dry_allowed_length dry_base dry_multiplier dry_penalty_last_n
+    dry_sequence_breakers dynatemp_exponent dynatemp_range grammar id_slot lora min_keep mirostat
+    mirostat_eta mirostat_tau n_cache_reuse n_cmpl n_indent n_keep n_predict n_probs
+    post_sampling_probs reasoning_control repeat_last_n repeat_penalty response_fields
+    return_progress return_tokens samplers sse_ping_interval t_max_predict_ms timings_per_token
+    top_n_sigma xtc_probability xtc_threshold""",
+    # mlx-lm: SERVER.md. LM Studio: ttl, draft_model. Ollama's /v1 has no field of its own.
+    """adapters draft_model frequency_context_size num_draft_tokens presence_context_size
+    repetition_context_size role_mapping ttl""",
+)).split())
+
+# What people call settings, arguments and fields, and what is meant; * stands for the name. A name
+# that is close to one of these is found too.
+_OTHER_NAMES = """
+    api_base api_url azure_endpoint endpoint_url host openai_api_base server_url url: base_url
+    deployment_name engine llm model_name model_path pretrained: model
+    api backend custom_llm_provider vendor: provider
+    allow_fallbacks data_collection ignore max_price only: provider={'*': …}
+    order quantizations require_parameters sort zdr: provider={'*': …}
+    max_completion_length max_gen_toks max_generation_tokens max_length: max_tokens
+    max_new_tokens max_output_tokens max_tokens_to_sample num_predict: max_tokens
+    t temp: temperature
+    nucleus p: top_p
+    freq_penalty: frequency_penalty
+    pres_penalty: presence_penalty
+    rep_pen rep_penalty: repetition_penalty
+    eos stop_sequences stop_strings stop_tokens stop_words until: stop
+    effort reasoning_level think thinking_level thinking_mode: reasoning_effort
+    json json_mode output_format response_model response_schema schema: response_format
+    transforms: plugins=[{'id': 'context-compression'}]
+    keep_alive num_ctx options: a setting of the Ollama server, as its /v1 takes none
+    additional_kwargs extra_body extra_kwargs extra_params generation_config: extra={…}
+    generation_kwargs kwargs model_kwargs params sampling_kwargs sampling_params: extra={…}
+    base_seed first_seed random_state rng_seed seed_offset seed_start start_seed: seed
+    max_time request_timeout time_limit timeout_seconds: timeout
+    max_attempts num_retries retry: max_retries
+    batch_size concurrent_requests max_connections max_workers n_jobs: max_concurrency
+    num_concurrent num_processes parallelism threads workers: max_concurrency
+    qps rate_limit requests_per_second rpm rps: requests_per_minute
+    asynchronous is_async use_async: agenerate(…)
+    cached caching disk_cache: use_cache
+    force force_refresh no_cache overwrite recompute refresh regenerate: use_cache=False
+    cache_directory cache_folder cache_path output_dir output_path save_dir: cache_dir
+    cache_only dry_run only_cached: offline=True
+    disable_tqdm show_progress tqdm use_tqdm: progress_bar
+    debug_mode log log_level logging quiet silent verbose_level: verbose
+    k n_samples num_completions num_generations num_responses: generate(prompt, n_samples)
+    num_return_sequences num_rollouts repeats samples: generate(prompt, n_samples)
+    developer_message developer_prompt instructions: a message of the role 'system'
+    system system_instruction system_message system_prompt: a message of the role 'system'
+    assistant_prefix injection prefix prompt_prefix: a <think> in the prompt, or prefill
+    response_prefix thoughts: a <think> in the prompt, or prefill
+    chunks cot parts sentences solution steps: resample's second argument
+    at chunk_idx index indices positions sentence_idx: resample(at=…)
+    suffix: resample(suffix=…)
+    preset: create_client(preset=…)
+"""
+
+
+def _bare(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+# What each of those names means, settings and fields of the body themselves.
+_MEANINGS = {_bare(name): name for name in (*_SETTINGS, *_BODY_FIELDS)} | {
+    _bare(name): meant.replace("*", name)
+    for names, meant in re.findall(r"(.+?): (.+)", _OTHER_NAMES)
+    for name in names.split()}
+
+
+def _warn_of_unknown(name: str) -> None:
+    """Warn of a keyword that is neither a setting nor a body field that some API documents."""
+    if name in _BODY_FIELDS:
+        return
+    close = difflib.get_close_matches(_bare(name), _MEANINGS, n=1, cutoff=0.8)
+    question = "; if that is meant, pass it in extra={…}"
+    if close:
+        question = f": did you mean {_MEANINGS[close[0]]}?"
+    _warn(
+        f"{name} is neither a setting nor a body field that an API documents; it goes into the "
+        f"request as it is{question}")
+
 
 def _with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """*config* with *settings* in place; what is no setting goes into ``extra``."""
-    known = {name: value for name, value in settings.items() if name in _SETTINGS}
-    further = {name: value for name, value in settings.items() if name not in _SETTINGS}
-    own = _EXTRA("extra", known.get("extra", {}))
-    changed = dataclasses.replace(config, **{**known, "extra": {**config.extra, **own, **further}})
+    known = dict(settings)
+    further = {name: known.pop(name) for name in settings if name not in _SETTINGS}
+    own = _extra("extra", known.pop("extra", {}))
+    changed = dataclasses.replace(config, **known, extra={**config.extra, **own, **further})
     for name in further:
-        _warn_of_unknown(name, _SETTINGS)
+        _warn_of_unknown(name)
     return changed
 
 
@@ -576,7 +650,8 @@ class RolloutsError(Exception):
     """The base of this library's errors. A bad argument is a ValueError instead."""
 
 
-class APIError(RolloutsError):
+@dataclass(eq=False)
+class APIError(_Record, RolloutsError):
     """A request that got no usable reply.
 
     Attributes:
@@ -590,19 +665,16 @@ class APIError(RolloutsError):
         advice: what to do about it.
     """
 
-    def __init__(
-        self, message: str, *, status: Optional[int] = None, provider: str = "",
-        seed: Optional[int] = None, retryable: bool = False, retry_after: Optional[float] = None,
-        advice: str = "",
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.provider = provider
-        self.seed = seed
-        self.retryable = retryable
-        self.retry_after = retry_after
-        self.advice = advice
+    message: str
+    status: Optional[int] = None
+    provider: str = ""
+    seed: Optional[int] = None
+    retryable: bool = False
+    retry_after: Optional[float] = None
+    advice: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)  # of which pickle makes it again
 
     def __str__(self) -> str:
         status = f"HTTP {self.status}" if self.status is not None else ""
@@ -611,14 +683,10 @@ class APIError(RolloutsError):
         return ": ".join(filter(None, (head, self.message))) + advice
 
     def __repr__(self) -> str:
+        plain = APIError(self.message).to_dict()
         details = "".join(
-            f", {name}={value!r}" for name, value in self.to_dict().items()
-            if name != "message" and value not in (None, "") and value is not False)
+            f", {name}={value!r}" for name, value in self.to_dict().items() if value != plain[name])
         return f"{type(self).__name__}({self.message!r}{details})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The attributes by their names."""
-        return dict(self.__dict__)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> APIError:
@@ -626,7 +694,7 @@ class APIError(RolloutsError):
         return cls(**data)
 
     def _with_seed(self, seed: int) -> APIError:
-        error = APIError.from_dict({**self.to_dict(), "seed": seed})
+        error = dataclasses.replace(self, seed=seed)
         error.__cause__ = self.__cause__
         return error
 
@@ -657,44 +725,34 @@ def _is_scarcity(error: BaseException) -> bool:
 
 _Data = TypeVar("_Data")
 
+# What a field takes, by the type of its default; any other takes that type alone.
+_TYPES: dict[Any, tuple[type, ...]] = {
+    type(dataclasses.MISSING): (str,), type(None): (str, type(None)), float: (int, float)}
+
 
 @functools.cache
 def _types_of(cls: Any) -> dict[str, tuple[type, ...]]:
-    """What each field of *cls* holds: its default's type; for a None, a str or None."""
-    types: dict[str, tuple[type, ...]] = {}
-    for field in dataclasses.fields(cls):
-        if field.default is dataclasses.MISSING:
-            types[field.name] = (str,)
-        elif field.default is None:
-            types[field.name] = (str, type(None))
-        else:
-            types[field.name] = (int, float) if field.name == "cost" else (type(field.default),)
-    return types
+    types = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+    return {name: _TYPES.get(each, (each,)) for name, each in types.items()}
 
 
 def _from_dict(cls: type[_Data], data: Any) -> _Data:
     """*cls* from a dict whose values are of the fields' types; unknown names are passed over."""
-    values = {}
     try:
         if not isinstance(data, Mapping):
             raise TypeError(f"it is of type {type(data).__name__}")
-        for name, types in _types_of(cls).items():  # type: ignore[arg-type]  # a class is hashable
-            if name in data:
-                if type(data[name]) not in types:
-                    raise TypeError(f"{name} is of type {type(data[name]).__name__}")
-                values[name] = data[name]
+        types = _types_of(cls)  # type: ignore[arg-type]  # a class is hashable
+        values = {name: data[name] for name in types if name in data}
+        for name, value in values.items():
+            if type(value) not in types[name]:
+                raise TypeError(f"{name} is of type {type(value).__name__}")
         return cls(**values)
-    except (TypeError, AttributeError) as error:
+    except TypeError as error:
         raise ValueError(f"not a {cls.__name__}: {error}") from None
 
 
-def _to_dict(data: Any) -> dict[str, Any]:
-    """The fields of a dataclass by their names; values stay as they are."""
-    return {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
-
-
 @dataclass(frozen=True)
-class Usage:
+class Usage(_Record):
     """What one response, or several, consumed. Zero where the API does not tell.
 
     prompt_tokens, completion_tokens, total_tokens: as the API counts; thoughts are completion.
@@ -713,14 +771,10 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         if not isinstance(other, Usage):
             return NotImplemented
-        return Usage(*map(sum, zip(_to_dict(self).values(), _to_dict(other).values())))
+        return Usage(*map(sum, zip(self.to_dict().values(), other.to_dict().values())))
 
     def __radd__(self, other: int) -> Usage:
         return self if other == 0 else NotImplemented  # where sum() begins
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by their names."""
-        return _to_dict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Usage:
@@ -729,7 +783,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Response:
+class Response(_Record):
     """One sample: after an injected thought, the continuation alone.
 
     content: the answer; '' where there is none yet. Always a str.
@@ -768,8 +822,8 @@ class Response:
         return self.finish_reason == "length" and not self.completed_reasoning
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by their names, `usage` as a dict, and ``full``."""
-        return {**_to_dict(self), "usage": self.usage.to_dict(), "full": self.full}
+        """The fields by their names, as plain dicts, lists and values, and ``full``."""
+        return {**super().to_dict(), "full": self.full}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Response:
@@ -779,7 +833,7 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class Rollouts(_Record):
     """The samples of one prompt, in the order of their seeds: iterate, index, slice.
 
     prompt, model, temperature, top_p, max_tokens: what was asked.
@@ -855,14 +909,6 @@ class Rollouts:
     def spent(self) -> Usage:
         """What this call consumed: the responses that were not replayed from the cache."""
         return sum((each.usage for each in self.responses if not each.cached), Usage())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain dicts, lists and values, for JSON."""
-        return {
-            **_to_dict(self),
-            "responses": [response.to_dict() for response in self.responses],
-            "errors": [error.to_dict() for error in self.errors],
-        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rollouts:
@@ -1330,19 +1376,18 @@ def _api_of(config: Config) -> _Api:
     With a provider's name base_url is that API at another address, and the key from the environment
     goes there. A base_url alone names no provider and gets only a key that was passed explicitly.
     """
-    if config.provider is None and config.base_url is not None:
-        host = urllib.parse.urlsplit(config.base_url).netloc
-        provider = _Provider(config.base_url, needs_key=False)
-        return _Api(host, config.base_url, provider, "", config.api_key)
     is_named = isinstance(config.provider, str)
     name = str(config.provider) if is_named else "openrouter"
+    provider, base_url = _PROVIDERS[name], config.base_url
+    if base_url is not None and not is_named:
+        if config.provider is None:  # else OpenRouter's routing at another address
+            name = urllib.parse.urlsplit(base_url).netloc
+            provider = _Provider(base_url, needs_key=False)
+        return _Api(name, base_url, provider, "", config.api_key)
     key_name, url_name = f"{name.upper()}_API_KEY", f"{name.upper()}_BASE_URL"
-    base_url = config.base_url or _BASE_URL(url_name, os.environ.get(url_name) or None)
-    base_url = base_url or _PROVIDERS[name].base_url
-    if config.base_url is not None and not is_named:  # OpenRouter's routing at another address
-        return _Api(name, base_url, _PROVIDERS[name], "", config.api_key)
-    key = config.api_key or _API_KEY(key_name, os.environ.get(key_name))
-    return _Api(name, base_url, _PROVIDERS[name], key_name, key)
+    base_url = base_url or _base_url(url_name, os.environ.get(url_name) or provider.base_url)
+    key = config.api_key or _api_key(key_name, os.environ.get(key_name, ""))
+    return _Api(name, base_url, provider, key_name, key)
 
 
 def _for_call(client: Config, overrides: Mapping[str, Any]) -> tuple[Config, _Api]:
@@ -1350,48 +1395,59 @@ def _for_call(client: Config, overrides: Mapping[str, Any]) -> tuple[Config, _Ap
 
     The client's address is not that of another provider, and its key is for its address alone.
     """
-    overrides = dict(overrides)
-    if overrides.get("api_key", "") is None:
-        del overrides["api_key"]
     config = _with_settings(client, overrides)
     is_other = isinstance(config.provider, str) and config.provider != client.provider
     if is_other and "base_url" not in overrides:
         config = dataclasses.replace(config, base_url=None)
-    if "api_key" not in overrides and _api_of(config).base_url != _api_of(client).base_url:
-        config = dataclasses.replace(config, api_key=None)
+    if overrides.get("api_key") is None:
+        is_same = _api_of(config).base_url == _api_of(client).base_url
+        config = dataclasses.replace(config, api_key=client.api_key if is_same else None)
     return config, _api_of(config)
 
 
 class _Request(NamedTuple):
     """What is sent for each sample of one prompt."""
 
-    model: str
-    prompt: Prompt
+    prompt: Prompt  # as it was given
     injection: _Injection
-    length: int  # characters of the prompt
-    url: str
+    base_url: str
     body: dict[str, Any]  # all but the seed and the streaming
-    seed_name: Optional[str]
-    stream_options: Any
+    seed_name: str  # the field of the seed; "" where none is sent
+    streaming: dict[str, Any]  # the fields of the body that ask for a stream
     key: tuple[str, str, str]  # (model, parameters, prompt): file names, the last two with hashes
-    stored: dict[str, Any]  # what the key stands for
 
-    def payload(self, seed: int, stream: bool) -> bytes:
-        """The body of the request for sample *seed*."""
-        body = dict(self.body)
-        if stream:
-            body["stream"] = True
-            if self.stream_options is not None:
-                body["stream_options"] = self.stream_options
-        if self.seed_name is not None:
-            body[self.seed_name] = seed
-        return json.dumps(body).encode()
+    @property
+    def model(self) -> str:
+        return str(self.body["model"])
+
+    @property
+    def url(self) -> str:
+        path = "chat/completions" if "messages" in self.body else "completions"
+        return f"{self.base_url}/{path}"
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What the key stands for."""
+        return {"base_url": self.base_url, **self.body}
+
+    @property
+    def length(self) -> int:
+        """The characters of the prompt."""
+        messages = self.body.get("messages") or [{"content": self.body.get("prompt")}]
+        return sum(len(text or "") for message in messages for text in _fields_of(message))
 
     @property
     def hides_thoughts(self) -> bool:
         exclude = _dict(self.body.get("reasoning")).get("exclude")
         return self.body.get("include_reasoning") is False or exclude is True or (
             self.body.get("reasoning_format") == "hidden")
+
+    def payload(self, seed: int, stream: bool) -> bytes:
+        """The body of the request for sample *seed*."""
+        further = dict(self.streaming) if stream else {}
+        if self.seed_name:
+            further[self.seed_name] = seed
+        return json.dumps({**self.body, **further}).encode()
 
 
 def _file_name(text: str) -> str:
@@ -1443,65 +1499,64 @@ def _chat_injection(
     return injection, way.body
 
 
-def _omitted(config: Config, api: _Api) -> set[str]:
-    """The default fields that the API refuses for this model."""
-    return {name for pattern, name in api.provider.omits if re.search(pattern, config.model)}
-
-
 def _body_of(config: Config, api: _Api) -> dict[str, Any]:
-    """The fields of the body that settings make, without those that the API refuses."""
+    """The fields of the body that settings make, without what the API refuses."""
     body: dict[str, Any] = {"model": config.model}
     for name, setting in _SETTINGS.items():
         if setting.metadata["body"]:
             body[name] = getattr(config, name)
-    for name in body.keys() & _omitted(config, api):
-        if body[name] == _SETTINGS[name].default and body["temperature"] is not None:
-            del body[name]
+    pattern = api.provider.no_top_p
+    is_refused = pattern and config.temperature is not None and re.search(pattern, config.model)
+    if is_refused and config.top_p == Config.top_p:  # the default, which nobody asked for
+        del body["top_p"]
     body.update(config.extra)
     if isinstance(config.provider, dict):
         body["provider"] = config.provider
     return body
 
 
+def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """*fields* without those that are None, which are not sent."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _key_of(body: Mapping[str, Any], base_url: str, said: str) -> tuple[str, str, str]:
+    """The names in the cache of what goes into *body*, and of *said*, the JSON of the prompt."""
+    numbers = (("t", "temperature"), ("p", "top_p"), ("n", "max_tokens"))
+    label = "".join(f"{short}{body[name]:g}-" for short, name in numbers if name in body)
+    hashed = _sha256(json.dumps(base_url) + json.dumps(body, sort_keys=True))
+    return (
+        _file_name(body["model"]), label + hashed[:_PARAMETER_DIGITS],
+        _sha256(said)[:_PROMPT_DIGITS])
+
+
 def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
     """The request for a sample of *prompt*. ValueError where it cannot be made."""
-    body, said = _body_of(config, api), prompt
+    body, field, given = _body_of(config, api), "prompt", prompt
     if config.endpoint == "completions":
-        injection, field, path = _raw_injection(prompt), "prompt", "completions"
-        length = len(prompt)
+        injection = _raw_injection(prompt)
     else:
-        said = _messages_of(prompt)
-        injection, further = _chat_injection(said, config, api)
-        body, field, path = {**further, **body}, "messages", "chat/completions"
-        length = sum(len(text or "") for message in said for text in _fields_of(message))
+        field, given = "messages", _messages_of(prompt)
+        injection, further = _chat_injection(given, config, api)
+        body = {**further, **body}
     if injection.text.endswith((" ", "\t")):
         _warn(
             "the injected text ends in a space, which most models continue badly: their words "
             "begin with one. End it with a word or a newline.")
     options = {"include_usage": True} if api.provider.stream_options else None
-    options = body.pop("stream_options", options)
-    body = {name: value for name, value in body.items() if value is not None}
+    streaming = _sent({"stream": True, "stream_options": body.pop("stream_options", options)})
+    body = _sent(body)
     try:
-        spoken = json.dumps(said, sort_keys=True, allow_nan=False)
+        said = json.dumps(given, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"prompt takes messages that JSON can hold: {error}") from None
-    label = "".join(
-        f"{short}{body[name]:g}-"
-        for short, name in (("t", "temperature"), ("p", "top_p"), ("n", "max_tokens"))
-        if isinstance(body.get(name), (int, float)))
-    hashed = _sha256(json.dumps(api.base_url) + json.dumps(body, sort_keys=True))
-    key = (
-        _file_name(config.model), label + hashed[:_PARAMETER_DIGITS],
-        _sha256(spoken)[:_PROMPT_DIGITS])
-    has_seed = config.seed is not None and "seed" not in _omitted(config, api)
-    # The rest of the body in the order given: a schema's order is the order of the answer's fields.
-    said = json.loads(spoken)
+    if not isinstance(prompt, str):
+        prompt = _json_copy([dict(message) for message in prompt])
+    # All but the prompt in the order given: a schema's order is the order of the answer's fields.
     return _Request(
-        config.model,
-        prompt if isinstance(prompt, str) else _json_copy([dict(each) for each in prompt]),
-        injection, length, f"{api.base_url}/{path}", {**body, field: said},
-        api.provider.seed if has_seed else None, options, key,
-        {"base_url": api.base_url, **body, field: said})
+        prompt, injection, api.base_url, {**body, field: json.loads(said)},
+        "" if config.seed is None else api.provider.seed, streaming,
+        _key_of(body, api.base_url, said))
 
 
 def _is_streamed(config: Config, provider: _Provider) -> bool:

@@ -357,6 +357,15 @@ class Errors(Case):
             again = pickle.loads(pickle.dumps(error))
             self.assertEqual((str(again), repr(again), again.to_dict()), (str(error), repr(error), error.to_dict()))
 
+    def test_what_is_noted_on_it_is_no_field(self) -> None:
+        error = APIError("busy", status=503)
+        error.__notes__ = ["the third one today"]  # as add_note() of Python 3.11 does
+        self.assertEqual(list(error.to_dict()), ERROR_FIELDS)
+        self.assertEqual(APIError.from_dict(error.to_dict()).to_dict(), error.to_dict())
+        self.assertEqual(error, error)
+        self.assertNotEqual(error, APIError("busy", status=503))
+        self.assertEqual(len({error, APIError("busy")}), 2)
+
     def test_it_carries_what_caused_it(self) -> None:
         with self.assertRaises(rollouts.RolloutsError) as caught:
             try:

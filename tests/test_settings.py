@@ -142,6 +142,58 @@ EVERYTHING: Dict[str, Any] = {
 }
 
 
+# Wrong keywords by what they mean: from openai, litellm, vLLM, transformers, LangChain, lm-eval, the code of Thought
+# Anchors, and from memory. Those that mean nothing here come last.
+WRONG = {
+    "model": "model_name model_id engine",
+    "base_url": "api_base openai_api_base url baseURL",
+    "provider": "custom_llm_provider",
+    "provider={'only': …}": "only",
+    "provider={'allow_fallbacks': …}": "allow_fallbacks",
+    "temperature": "temp temprature",
+    "top_p": "topp topP",
+    "top_k": "topK",
+    "max_tokens": "max_new_tokens max_length max_completion_length max_output_tokens max_gen_toks maxTokens max_token",
+    "repetition_penalty": "rep_penalty repetition_penality",
+    "stop": "stops stop_sequences stop_strings until",
+    "reasoning_effort": "think effort reasoning_efort",
+    "response_format": "json_mode response_schema",
+    "extra={…}": "extra_body model_kwargs sampling_params generation_config",
+    "seed": "seeds seed_start random_state",
+    "timeout": "request_timeout timeout_s",
+    "max_retries": "num_retries retries max_attempts",
+    "max_concurrency": "max_workers num_workers workers threads n_jobs batch_size",
+    "requests_per_minute": "rpm rate_limit",
+    "agenerate(…)": "use_async",
+    "use_cache": "cache",
+    "use_cache=False": "overwrite force",
+    "cache_dir": "cache_path output_dir",
+    "offline=True": "dry_run",
+    "progress_bar": "tqdm use_tqdm show_progress",
+    "verbose": "verbose_level log verbos",
+    "stream": "streaming",
+    "generate(prompt, n_samples)": "num_rollouts n_rollouts nr_samples num_samples num_return_sequences n_responses k",
+    "a message of the role 'system'": "system sys_prompt system_prompt",
+    "a <think> in the prompt, or prefill": "prefix prompt_prefix assistant_prefill",
+    "resample's second argument": "chunk chunks sentence sentences base_solution",
+    "resample(at=…)": "at positions chunk_idx",
+    "resample(suffix=…)": "suffix",
+    "create_client(preset=…)": "preset",
+    "a setting of the Ollama server, as its /v1 takes none": "num_ctx options keep_alive",
+    "plugins=[{'id': 'context-compression'}]": "transforms",
+    "": "api_version organization drop_params fallbacks callbacks num_beams early_stopping pad_token_id rollout_type "
+        "trust_remote_code tensor_parallel_size force_answer",
+}
+DOCUMENTED = """
+    prompt_cache_retention web_search_options stop_server_tools_when image_config reasoning include_reasoning top_a
+    reasoning_history perf_metrics_in_response safety_model search_settings disable_reasoning min_completion_tokens
+    do_sample guardrails prompt_mode separate_reasoning enable_thinking thinking thinking_budget reasoning_split
+    structured_outputs guided_json repetition_detection thinking_token_budget return_prompt_text stop_token_ids
+    chat_template_kwargs ebnf custom_params return_hidden_states mirostat dry_multiplier reasoning_control n_probs
+    top_n_sigma xtc_probability adapters role_mapping ttl draft_model
+"""
+
+
 class Integer:
     """An integer that is no int, as numpy's are."""
 
@@ -396,6 +448,28 @@ class Arguments(Settings):
                 self.assertEqual(body[given], 1)
                 with self.assertWarnsRegex(UserWarning, f"did you mean {meant}"):
                     RolloutsClient("m", **{given: 1})
+
+    def test_what_researchers_may_type(self) -> None:
+        """Each warns; where the meaning is obvious, it is named."""
+        server = self.serve()
+        client = self.client(server)
+        for meant, names in WRONG.items():
+            for name in names.split():
+                with self.subTest(name=name), self.warned() as texts:
+                    client.generate("hi", **{name: 1})
+                    self.assertEqual(len(texts), 1, texts)
+                    self.assertIn(f"{name} is neither a setting nor a body field", texts[0])
+                    self.assertIn(f"did you mean {meant}?" if meant else "pass it in extra={", texts[0])
+                    self.assertEqual(server.requests[-1].body[name], 1)
+
+    def test_what_apis_document(self) -> None:
+        """It goes into the body without a word: fields of each API, of its own and of others."""
+        server = self.serve()
+        fields = dict.fromkeys(DOCUMENTED.split(), 1)
+        with self.warned() as texts:
+            body = self.body_of(self.client(server), server, **fields)
+        self.assertEqual(texts, [])
+        self.assertLessEqual(fields.items(), body.items())
 
     def test_further_fields_are_sent_without_a_word(self) -> None:
         further = {
@@ -938,7 +1012,7 @@ class Keys(Settings):
         for settings in (
             {"api_key": "sk-sécret"}, {"api_key": "sk sk-secret"}, {"api_key": ["sk-secret"]},
             {"base_url": "http://me:sk-secret@host/v1"}, {"base_url": "http://host/v1?key=sk-secret"},
-            {"base_url": "http://host/v1#sk-secret"},
+            {"base_url": "http://host/v1#sk-secret"}, {"base_url": "http://me:sk-secret\u2100@host/v1"},
         ):
             name = next(iter(settings))
             with self.subTest(settings=settings), self.assertRaisesRegex(ValueError, f"^{name} takes ") as caught:
