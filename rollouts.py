@@ -2467,18 +2467,12 @@ class _Bucket:
 
     def __init__(self, per_minute: float) -> None:
         whole = math.floor(per_minute) if per_minute > 1 else per_minute
-        self.burst = max(1, int(whole / 60))
-        self.gap = 60.6 / (whole - self.burst + 1)  # seconds for one token
-        self.next = -math.inf  # when a bucket of one token would have it
-        # Held by the thread that waits for the next token; the others queue for it.
+        burst = max(1, int(whole / 60))
+        self.gap = 60.6 / (whole - burst + 1)  # seconds for one token
+        self.saved = (burst - 1) * self.gap  # seconds that a start may come before its token
+        self.next = -math.inf  # when the next token is due
+        # Held by the thread that waits for that token; the others queue for it.
         self.turn = threading.Lock()
-
-    def start(self) -> float:
-        """The earliest time at which a request may start."""
-        return self.next - (self.burst - 1) * self.gap
-
-    def take(self, now: float) -> None:
-        self.next = max(self.next, now) + self.gap
 
 
 class _Pacer:
@@ -2488,7 +2482,7 @@ class _Pacer:
         self._lock = threading.Lock()  # protects _hold and reason
         self._hold = -math.inf
         self.reason = ""  # why there is a hold
-        self._buckets: dict[float, _Bucket] = {}
+        self._buckets: dict[float, _Bucket] = {}  # only setdefault is used, which needs no lock
 
     @property
     def is_held(self) -> bool:
@@ -2496,17 +2490,15 @@ class _Pacer:
 
     def wait(self, per_minute: Optional[float], is_cancelled: Callable[[], bool]) -> None:
         """Wait until a request may start. _GivenUp where nobody wants it any more."""
-        bucket = None
+        bucket = _Bucket(per_minute or 1)  # a new one has a token: without a limit it is enough
         if per_minute is not None:
-            bucket = self._buckets.get(per_minute)
-            bucket = bucket or self._buckets.setdefault(per_minute, _Bucket(per_minute))
-        with bucket.turn if bucket else contextlib.nullcontext():
+            bucket = self._buckets.setdefault(per_minute, bucket)
+        with bucket.turn:
             while not is_cancelled():
                 now = _clock.now()
-                start = max(self._hold, bucket.start()) if bucket else self._hold
+                start = max(self._hold, bucket.next - bucket.saved)
                 if start <= now:
-                    if bucket:
-                        bucket.take(now)
+                    bucket.next = max(bucket.next, now) + bucket.gap
                     return
                 _clock.sleep(start - now, is_cancelled)
         raise _GivenUp
@@ -2514,7 +2506,8 @@ class _Pacer:
     def hold(self, seconds: float, reason: str) -> None:
         """Let nothing start for *seconds*."""
         with self._lock:
-            self._hold, self.reason = max(self._hold, _clock.now() + seconds), reason
+            self._hold = max(self._hold, _clock.now() + seconds)
+            self.reason = reason
 
 
 # == Progress ======================================================================================
