@@ -2515,12 +2515,9 @@ class _Pacer:
 # One line for all that a process generates at once. Workers only count; a thread of its own draws,
 # for as long as there is something to show.
 
-_REDRAW = 0.2  # seconds, on a terminal
-_REDRAW_NOTEBOOK = 1.0  # seconds; each is a message to the browser
-_LOG_LINE = 30.0  # seconds, into anything else
-_BAR = 30  # columns of the bar, at most
-
-_Tally = Counter[str]  # total, done, cached, retrying, waiting, failed; and cost, in US dollars
+# What one line shows: total, done, cached, retrying, waiting, failed, and cost, in US dollars. Also
+# calls, those under way, and drawn, 1 where a thread draws it.
+_Tally = Counter[str]
 
 
 def _duration(seconds: float) -> str:
@@ -2537,53 +2534,48 @@ def _format_progress(tally: _Tally, elapsed: float, width: int, reason: str = ""
     nothing has been drawn yet, or all that is under way waits.
     """
     done, total, cost = tally["done"], tally["total"], tally["cost"]
-    rate = (done - tally["cached"]) / elapsed if elapsed > 0 else 0.0
-    counts = [f"{done}/{total}"]
-    if rate:
+    drawn = done - tally["cached"]
+    counts = []
+    if drawn and elapsed > 0:
+        rate = drawn / elapsed
         speed = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
-        counts += [speed, f"{_duration((total - done) / rate)} left"]
+        counts = [speed, f"{_duration((total - done) / rate)} left"]
     states = ("failed", "retrying", "waiting", "cached")
     counts += [f"{tally[state]} {state}" for state in states if tally[state]]
     if cost:
         counts.append(f"${cost:.4f}" if cost < 1 else f"${cost:.2f}")
-    line = counts[0]
-    for count in counts[1:]:
+    line = f"{done}/{total}"
+    for count in counts:
         if len(line) + len(count) + 2 < width:
             line += ", " + count
-    if reason and (tally["waiting"] or (tally["retrying"] and done == tally["cached"])):
+    if reason and (tally["waiting"] or (tally["retrying"] and not drawn)):
         # Only characters that take one column each, and none that moves the cursor.
         line += ": " + re.sub("[^ -~]", "?", reason)
-    room = min(width - len(line) - 4, _BAR)
+    room = min(width - len(line) - 4, 30)
     if room >= 5 and total:
         filled = room * done // total
         line = f"[{'#' * filled}{'.' * (room - filled)}] {line}"
     return line[: width - 1]
 
 
-def _columns(stream: Any) -> int:
-    """The width of *stream*, and not of stdout, which may be elsewhere."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError, AttributeError):
-        return 80
-
-
 class _Log:
-    """The progress in a file, or on anything else that is only read later: a line now and then."""
+    """A file, or anything else that is only read later: a line now and then."""
 
-    interval = _LOG_LINE
-    _is_begun = False
+    interval = 30.0  # seconds
+    shown = ""  # the latest line
 
-    def draw(self, tally: _Tally, elapsed: float, reason: str) -> None:
-        self._is_begun = True
-        self._write(_format_progress(tally, elapsed, 200, reason) + "\n")
+    def width(self) -> int:
+        return 200
 
-    def erase(self) -> None:
-        """Make room for a line of another kind."""
+    def show(self, line: str) -> None:
+        """Show *line* in place of the latest; '' takes that away."""
+        if line:
+            self.say(line)
+        self.shown = line
 
-    def end(self, tally: _Tally, elapsed: float) -> None:
-        if self._is_begun:
-            self.draw(tally, elapsed, "")
+    def say(self, text: str) -> None:
+        """Write a line of another kind."""
+        self._write(text + "\n")
 
     @staticmethod
     def _write(text: str) -> None:
@@ -2594,40 +2586,36 @@ class _Log:
 
 
 class _Terminal(_Log):
-    """A line that is written over."""
+    """A line that is written over. The cursor stays at its beginning, where ^C is echoed too."""
 
-    interval = _REDRAW
-    _shown = ""
+    interval = 0.2  # seconds
 
-    def draw(self, tally: _Tally, elapsed: float, reason: str) -> None:
-        width = _columns(sys.stderr) - 2  # room for the ^C that a terminal echoes
-        line = _format_progress(tally, elapsed, width, reason)
-        self._write("\r" + line + " " * (len(self._shown) - len(line)))
-        self._shown = line
+    def width(self) -> int:
+        """The columns of stderr, and not of stdout, which may be elsewhere."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return 80
 
-    def erase(self) -> None:
-        if self._shown:
-            self._write("\r" + " " * (len(self._shown) + 2) + "\r")  # with a ^C behind it
-            self._shown = ""
+    def show(self, line: str) -> None:
+        self._write("\r" + line.ljust(len(self.shown)) + "\r")
+        self.shown = line
 
-    def end(self, tally: _Tally, elapsed: float) -> None:
-        self.erase()
+    def say(self, text: str) -> None:
+        if self.shown:
+            self.show("")
+        super().say(text)
 
 
 class _Notebook(_Log):
     """One output of a cell, changed in place: a saved notebook holds it once."""
 
-    interval = _REDRAW_NOTEBOOK
+    interval = 1.0  # seconds; each time it is a message to the browser
     _handle: Any = None
 
-    def draw(self, tally: _Tally, elapsed: float, reason: str) -> None:
-        self._show(_format_progress(tally, elapsed, 80, reason))
+    def width(self) -> int:
+        return 80
 
-    def end(self, tally: _Tally, elapsed: float) -> None:
-        if self._handle is not None:
-            self._show("")
-
-    def _show(self, line: str) -> None:
+    def show(self, line: str) -> None:
         data = {"text/plain": line}
         with contextlib.suppress(Exception):  # IPython's own business
             if self._handle is None:
@@ -2635,6 +2623,7 @@ class _Notebook(_Log):
                 self._handle = display(data, raw=True, display_id=True)
             else:
                 self._handle.update(data, raw=True)
+        self.shown = line
 
 
 def _view_of(stream: Any) -> _Log:
@@ -2651,77 +2640,70 @@ class _Progress:
     """The line on stderr, and the lines of `verbose` above it."""
 
     def __init__(self) -> None:
-        # Protects all but the counts, and the order of what is written.
-        self._lock = threading.Lock()
+        # Its lock protects all but the counts, and the order of what is written.
+        self._ended = threading.Condition()
         # Protects the counts alone: a stopped terminal must not stop workers.
         self._counting = threading.Lock()
         self._pid = os.getpid()
         self._tally = _Tally()
-        self._active = 0
         self._since = 0.0
-        self._view: Optional[_Log] = None
-        self._ended = threading.Event()
+        self._view = _Log()
         self.reason = ""  # why the latest attempt failed, or why there is a hold
+
+    def _start_afresh_if_forked(self) -> None:
+        if self._pid != os.getpid():  # threads that only the parent has may hold the locks
+            self.__init__()  # type: ignore[misc]
 
     def begin(self, total: int, cached: int) -> _Tally:
         """Count *total* samples, *cached* of them done; the tally returned takes what follows."""
-        if self._pid != os.getpid():
-            self.__init__()  # type: ignore[misc]  # forked: the locks may be the parent's threads'
-        with self._lock:
-            if not self._active:
+        self._start_afresh_if_forked()
+        with self._ended:
+            if not self._tally["calls"]:
                 self._tally, self._since = _Tally(), time.monotonic()
-            self._active += 1
-            self.count(self._tally, total=total, done=cached, cached=cached)
-            self._show()
+                self._view = _view_of(sys.stderr)
+            self.count(self._tally, calls=1, total=total, done=cached, cached=cached)
             return self._tally
-
-    def show(self) -> None:
-        """Bring up the line if there is something to say, unless a stopped terminal blocks."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._show()
-            finally:
-                self._lock.release()
-
-    def _show(self) -> None:
-        # A single sample gets no line, unless it waits; a second one, of any call, brings it up.
-        tally = self._tally
-        is_worth_it = tally["total"] > 1 or tally["retrying"] or tally["waiting"]
-        if self._active and self._view is None and is_worth_it:
-            self._view, self._ended = _view_of(sys.stderr), threading.Event()
-            drawing = threading.Thread(
-                target=self._draw, args=(self._view, self._ended), name="rollouts-progress",
-                daemon=True)
-            with contextlib.suppress(RuntimeError):  # no thread is to be had: no line
-                drawing.start()
 
     def count(self, tally: _Tally, **more: Any) -> None:
         """Add to the counts of *tally*."""
         with self._counting:
             tally.update(more)
+            # A single sample gets no line, unless it waits; a second one, of any call, brings it up.
+            is_worth_it = tally["total"] > 1 or tally["retrying"] or tally["waiting"]
+            if is_worth_it and not tally["drawn"]:
+                tally["drawn"] = 1
+                drawing = threading.Thread(
+                    target=self._draw, args=(tally,), name="rollouts-progress", daemon=True)
+                with contextlib.suppress(RuntimeError):  # no thread is to be had: no line
+                    drawing.start()
 
     def end(self, unfinished: int) -> None:
         """Take back the *unfinished* samples of a call; with the last call the line goes."""
-        with self._lock:
-            self._active -= 1
-            self.count(self._tally, total=-unfinished)
-            if not self._active and self._view is not None:
-                self._ended.set()
-                self._view.end(self._tally, time.monotonic() - self._since)
-                self._view = None
+        with self._ended:
+            self.count(self._tally, calls=-1, total=-unfinished)
+            if not self._tally["calls"]:
+                if self._view.shown:
+                    self._show()  # a log keeps it
+                    self._view.show("")
+                self._view = _Log()
+                self._ended.notify_all()
 
     def say(self, text: str) -> None:
         """Write a line of its own."""
-        with self._lock:
-            view = self._view or _Log()
-            view.erase()
-            view._write(text + "\n")
+        self._start_afresh_if_forked()
+        with self._ended:
+            self._view.say(text)
 
-    def _draw(self, view: _Log, ended: threading.Event) -> None:
-        while not ended.wait(view.interval):
-            with self._lock:
-                if not ended.is_set():
-                    view.draw(self._tally, time.monotonic() - self._since, self.reason)
+    def _show(self) -> None:
+        elapsed = time.monotonic() - self._since
+        line = _format_progress(self._tally, elapsed, self._view.width(), self.reason)
+        self._view.show(line)
+
+    def _draw(self, tally: _Tally) -> None:
+        """Draw until the calls that *tally* counts have ended."""
+        with self._ended:
+            while not self._ended.wait_for(lambda: not tally["calls"], self._view.interval):
+                self._show()
 
 
 _progress = _Progress()
@@ -3603,8 +3585,6 @@ class RolloutsClient:
             raise RolloutsError("the client was closed")
         if not call.in_flight:
             call.fail_the_rest()
-        elif call.tally is not None:
-            _progress.show()
         return call.in_flight > 0
 
     def _submit(self, call: _Call, index: int, seed: int) -> None:
