@@ -2756,14 +2756,14 @@ class _JsonCache:
         """The stored responses of *seeds*."""
         found: dict[int, Response] = {}
         place = self._place(request.key)
-        if len(seeds) > 1 and not os.path.isdir(place):
+        if not os.path.isdir(place):
             return found  # one look for a prompt that is new, not one a seed
         for seed in seeds:
             path = f"{place}/seed_{seed:05d}.json"
             try:
                 with open(path, "rb", buffering=0) as file:
                     found[seed] = _loaded(file.read(), seed)
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 pass
             except (OSError, ValueError, RecursionError) as error:
                 if _is_scarcity(error):
@@ -2787,10 +2787,8 @@ class _JsonCache:
         # miss.
         draft = f"{place}/.{os.urandom(8).hex()}.tmp"
         try:
-            with open(draft, "xb", buffering=0) as file:
-                data = text.encode()
-                if file.write(data) < len(data):  # a full disk takes a part, and says nothing
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with open(draft, "xb") as file:
+                file.write(text.encode())
             os.replace(draft, f"{place}/{name}")
         except BaseException:
             with contextlib.suppress(OSError):
@@ -2804,7 +2802,9 @@ class _JsonCache:
 class _SqlCache:
     """cache_dir/rollouts.sqlite3: the same, in two tables."""
 
-    _TABLES = """
+    _SETUP = """
+        PRAGMA journal_mode = WAL;
+        PRAGMA synchronous = NORMAL;
         CREATE TABLE IF NOT EXISTS requests (
             id TEXT PRIMARY KEY, request TEXT NOT NULL
         ) WITHOUT ROWID;
@@ -2820,19 +2820,27 @@ class _SqlCache:
         self._path = os.path.join(cache_dir, "rollouts.sqlite3")
         # Protects what follows: a connection serves one thread at a time.
         self._lock = threading.Lock()
-        self._connection: Optional[sqlite3.Connection] = None
-        self._file: Optional[tuple[int, int]] = None
+        self._connection: Any = None
+        self._file: Any = ""  # which one the connection is to; "" where it is of no use
         self._is_closed = False
+
+    def _identity(self) -> Any:
+        """What tells the file from one that took its place: whoever clears the cache deletes it.
+
+        Without it another process that makes the file anew would leave this one writing into the
+        old.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(self._path)[1:3]  # inode and device
+        return None
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         """The kept connection, to the file that is there now. OSError where there can be none."""
         with self._lock:
             try:
-                if self._connection is None or self._file != self._identity():
-                    self._disconnect()
-                    self._connection = self._connect()
-                    self._file = self._identity()
+                if self._file != self._identity():
+                    self._connect()
                 yield self._connection
             except self._sqlite3.Error as error:
                 with contextlib.ExitStack() as probes:  # says so where descriptors have run out
@@ -2844,36 +2852,20 @@ class _SqlCache:
                 if self._is_closed:  # a response that was in flight then
                     self._disconnect()
 
-    def _identity(self) -> Optional[tuple[int, int]]:
-        """What tells the file from one that took its place: whoever clears the cache deletes it.
-
-        Without it another process that makes the file anew would leave this one writing into the
-        old.
-        """
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
-            return None
-        return status.st_dev, status.st_ino
-
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> None:
+        self._disconnect()
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
-        connection = self._sqlite3.connect(
+        self._connection = self._sqlite3.connect(
             self._path, timeout=60, isolation_level=None, check_same_thread=False)
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            connection.executescript(self._TABLES)
-            connection.text_factory = bytes  # so that one damaged text does not fail a whole query
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        self._connection.executescript(self._SETUP)
+        # So that one damaged text does not fail a whole query.
+        self._connection.text_factory = bytes
+        self._file = self._identity()
 
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
+        self._file = ""
 
     def get(
         self, request: _Request, seeds: Sequence[int], unusable: list[str]
@@ -2902,13 +2894,15 @@ class _SqlCache:
 
     def put(self, request: _Request, response: Response) -> None:
         """Store *response* in one transaction."""
-        key, stored = "/".join(request.key), json.dumps(request.stored, sort_keys=True)
+        key, text = "/".join(request.key), _dumped(response)
         with self._connected() as connection, connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute("INSERT OR IGNORE INTO requests VALUES (?, ?)", (key, stored))
+            known = connection.execute("SELECT 1 FROM requests WHERE id = ?", (key,)).fetchone()
+            if known is None:
+                stored = json.dumps(request.stored, sort_keys=True)
+                connection.execute("INSERT INTO requests VALUES (?, ?)", (key, stored))
             connection.execute(
-                "INSERT OR REPLACE INTO responses VALUES (?, ?, ?)",
-                (key, response.seed, _dumped(response)))
+                "INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", (key, response.seed, text))
 
     def close(self) -> None:
         """Close the connection. What still comes is stored over one of its own."""
