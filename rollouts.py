@@ -2520,18 +2520,12 @@ class _Bucket:
 
     def __init__(self, per_minute: float) -> None:
         whole = math.floor(per_minute) if per_minute > 1 else per_minute
-        self.burst = max(1, int(whole / 60))
-        self.gap = 60.6 / (whole - self.burst + 1)  # seconds for one token
-        self.next = -math.inf  # when a bucket of one token would have it
-        # Held by the thread that waits for the next token; the others queue for it.
+        burst = max(1, int(whole / 60))
+        self.gap = 60.6 / (whole - burst + 1)  # seconds for one token
+        self.saved = (burst - 1) * self.gap  # seconds that a start may come before its token
+        self.next = -math.inf  # when the next token is due
+        # Held by the thread that waits for that token; the others queue for it.
         self.turn = threading.Lock()
-
-    def start(self) -> float:
-        """The earliest time at which a request may start."""
-        return self.next - (self.burst - 1) * self.gap
-
-    def take(self, now: float) -> None:
-        self.next = max(self.next, now) + self.gap
 
 
 class _Pacer:
@@ -2541,7 +2535,7 @@ class _Pacer:
         self._lock = threading.Lock()  # protects _hold and reason
         self._hold = -math.inf
         self.reason = ""  # why there is a hold
-        self._buckets: dict[float, _Bucket] = {}
+        self._buckets: dict[float, _Bucket] = {}  # only setdefault is used, which needs no lock
 
     @property
     def is_held(self) -> bool:
@@ -2549,17 +2543,15 @@ class _Pacer:
 
     def wait(self, per_minute: Optional[float], is_cancelled: Callable[[], bool]) -> None:
         """Wait until a request may start. _GivenUp where nobody wants it any more."""
-        bucket = None
+        bucket = _Bucket(per_minute or 1)  # a new one has a token: without a limit it is enough
         if per_minute is not None:
-            bucket = self._buckets.get(per_minute)
-            bucket = bucket or self._buckets.setdefault(per_minute, _Bucket(per_minute))
-        with bucket.turn if bucket else contextlib.nullcontext():
+            bucket = self._buckets.setdefault(per_minute, bucket)
+        with bucket.turn:
             while not is_cancelled():
                 now = _clock.now()
-                start = max(self._hold, bucket.start()) if bucket else self._hold
+                start = max(self._hold, bucket.next - bucket.saved)
                 if start <= now:
-                    if bucket:
-                        bucket.take(now)
+                    bucket.next = max(bucket.next, now) + bucket.gap
                     return
                 _clock.sleep(start - now, is_cancelled)
         raise _GivenUp
@@ -2567,7 +2559,8 @@ class _Pacer:
     def hold(self, seconds: float, reason: str) -> None:
         """Let nothing start for *seconds*."""
         with self._lock:
-            self._hold, self.reason = max(self._hold, _clock.now() + seconds), reason
+            self._hold = max(self._hold, _clock.now() + seconds)
+            self.reason = reason
 
 
 # == Progress ======================================================================================
@@ -2575,12 +2568,9 @@ class _Pacer:
 # One line for all that a process generates at once. Workers only count; a thread of its own draws,
 # for as long as there is something to show.
 
-_REDRAW = 0.2  # seconds, on a terminal
-_REDRAW_NOTEBOOK = 1.0  # seconds; each is a message to the browser
-_LOG_LINE = 30.0  # seconds, into anything else
-_BAR = 30  # columns of the bar, at most
-
-_Tally = Counter[str]  # total, done, cached, retrying, waiting, failed; and cost, in US dollars
+# What one line shows: total, done, cached, retrying, waiting, failed, and cost, in US dollars. Also
+# calls, those under way, and drawn, 1 where a thread draws it.
+_Tally = Counter[str]
 
 
 def _duration(seconds: float) -> str:
@@ -2597,53 +2587,48 @@ def _format_progress(tally: _Tally, elapsed: float, width: int, reason: str = ""
     nothing has been drawn yet, or all that is under way waits.
     """
     done, total, cost = tally["done"], tally["total"], tally["cost"]
-    rate = (done - tally["cached"]) / elapsed if elapsed > 0 else 0.0
-    counts = [f"{done}/{total}"]
-    if rate:
+    drawn = done - tally["cached"]
+    counts = []
+    if drawn and elapsed > 0:
+        rate = drawn / elapsed
         speed = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
-        counts += [speed, f"{_duration((total - done) / rate)} left"]
+        counts = [speed, f"{_duration((total - done) / rate)} left"]
     states = ("failed", "retrying", "waiting", "cached")
     counts += [f"{tally[state]} {state}" for state in states if tally[state]]
     if cost:
         counts.append(f"${cost:.4f}" if cost < 1 else f"${cost:.2f}")
-    line = counts[0]
-    for count in counts[1:]:
+    line = f"{done}/{total}"
+    for count in counts:
         if len(line) + len(count) + 2 < width:
             line += ", " + count
-    if reason and (tally["waiting"] or (tally["retrying"] and done == tally["cached"])):
+    if reason and (tally["waiting"] or (tally["retrying"] and not drawn)):
         # Only characters that take one column each, and none that moves the cursor.
         line += ": " + re.sub("[^ -~]", "?", reason)
-    room = min(width - len(line) - 4, _BAR)
+    room = min(width - len(line) - 4, 30)
     if room >= 5 and total:
         filled = room * done // total
         line = f"[{'#' * filled}{'.' * (room - filled)}] {line}"
     return line[: width - 1]
 
 
-def _columns(stream: Any) -> int:
-    """The width of *stream*, and not of stdout, which may be elsewhere."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError, AttributeError):
-        return 80
-
-
 class _Log:
-    """The progress in a file, or on anything else that is only read later: a line now and then."""
+    """A file, or anything else that is only read later: a line now and then."""
 
-    interval = _LOG_LINE
-    _is_begun = False
+    interval = 30.0  # seconds
+    shown = ""  # the latest line
 
-    def draw(self, tally: _Tally, elapsed: float, reason: str) -> None:
-        self._is_begun = True
-        self._write(_format_progress(tally, elapsed, 200, reason) + "\n")
+    def width(self) -> int:
+        return 200
 
-    def erase(self) -> None:
-        """Make room for a line of another kind."""
+    def show(self, line: str) -> None:
+        """Show *line* in place of the latest; '' takes that away."""
+        if line:
+            self.say(line)
+        self.shown = line
 
-    def end(self, tally: _Tally, elapsed: float) -> None:
-        if self._is_begun:
-            self.draw(tally, elapsed, "")
+    def say(self, text: str) -> None:
+        """Write a line of another kind."""
+        self._write(text + "\n")
 
     @staticmethod
     def _write(text: str) -> None:
@@ -2654,40 +2639,36 @@ class _Log:
 
 
 class _Terminal(_Log):
-    """A line that is written over."""
+    """A line that is written over. The cursor stays at its beginning, where ^C is echoed too."""
 
-    interval = _REDRAW
-    _shown = ""
+    interval = 0.2  # seconds
 
-    def draw(self, tally: _Tally, elapsed: float, reason: str) -> None:
-        width = _columns(sys.stderr) - 2  # room for the ^C that a terminal echoes
-        line = _format_progress(tally, elapsed, width, reason)
-        self._write("\r" + line + " " * (len(self._shown) - len(line)))
-        self._shown = line
+    def width(self) -> int:
+        """The columns of stderr, and not of stdout, which may be elsewhere."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return 80
 
-    def erase(self) -> None:
-        if self._shown:
-            self._write("\r" + " " * (len(self._shown) + 2) + "\r")  # with a ^C behind it
-            self._shown = ""
+    def show(self, line: str) -> None:
+        self._write("\r" + line.ljust(len(self.shown)) + "\r")
+        self.shown = line
 
-    def end(self, tally: _Tally, elapsed: float) -> None:
-        self.erase()
+    def say(self, text: str) -> None:
+        if self.shown:
+            self.show("")
+        super().say(text)
 
 
 class _Notebook(_Log):
     """One output of a cell, changed in place: a saved notebook holds it once."""
 
-    interval = _REDRAW_NOTEBOOK
+    interval = 1.0  # seconds; each time it is a message to the browser
     _handle: Any = None
 
-    def draw(self, tally: _Tally, elapsed: float, reason: str) -> None:
-        self._show(_format_progress(tally, elapsed, 80, reason))
+    def width(self) -> int:
+        return 80
 
-    def end(self, tally: _Tally, elapsed: float) -> None:
-        if self._handle is not None:
-            self._show("")
-
-    def _show(self, line: str) -> None:
+    def show(self, line: str) -> None:
         data = {"text/plain": line}
         with contextlib.suppress(Exception):  # IPython's own business
             if self._handle is None:
@@ -2695,6 +2676,7 @@ class _Notebook(_Log):
                 self._handle = display(data, raw=True, display_id=True)
             else:
                 self._handle.update(data, raw=True)
+        self.shown = line
 
 
 def _view_of(stream: Any) -> _Log:
@@ -2711,77 +2693,70 @@ class _Progress:
     """The line on stderr, and the lines of `verbose` above it."""
 
     def __init__(self) -> None:
-        # Protects all but the counts, and the order of what is written.
-        self._lock = threading.Lock()
+        # Its lock protects all but the counts, and the order of what is written.
+        self._ended = threading.Condition()
         # Protects the counts alone: a stopped terminal must not stop workers.
         self._counting = threading.Lock()
         self._pid = os.getpid()
         self._tally = _Tally()
-        self._active = 0
         self._since = 0.0
-        self._view: Optional[_Log] = None
-        self._ended = threading.Event()
+        self._view = _Log()
         self.reason = ""  # why the latest attempt failed, or why there is a hold
+
+    def _start_afresh_if_forked(self) -> None:
+        if self._pid != os.getpid():  # threads that only the parent has may hold the locks
+            self.__init__()  # type: ignore[misc]
 
     def begin(self, total: int, cached: int) -> _Tally:
         """Count *total* samples, *cached* of them done; the tally returned takes what follows."""
-        if self._pid != os.getpid():
-            self.__init__()  # type: ignore[misc]  # forked: the locks may be the parent's threads'
-        with self._lock:
-            if not self._active:
+        self._start_afresh_if_forked()
+        with self._ended:
+            if not self._tally["calls"]:
                 self._tally, self._since = _Tally(), time.monotonic()
-            self._active += 1
-            self.count(self._tally, total=total, done=cached, cached=cached)
-            self._show()
+                self._view = _view_of(sys.stderr)
+            self.count(self._tally, calls=1, total=total, done=cached, cached=cached)
             return self._tally
-
-    def show(self) -> None:
-        """Bring up the line if there is something to say, unless a stopped terminal blocks."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._show()
-            finally:
-                self._lock.release()
-
-    def _show(self) -> None:
-        # A single sample gets no line, unless it waits; a second one, of any call, brings it up.
-        tally = self._tally
-        is_worth_it = tally["total"] > 1 or tally["retrying"] or tally["waiting"]
-        if self._active and self._view is None and is_worth_it:
-            self._view, self._ended = _view_of(sys.stderr), threading.Event()
-            drawing = threading.Thread(
-                target=self._draw, args=(self._view, self._ended), name="rollouts-progress",
-                daemon=True)
-            with contextlib.suppress(RuntimeError):  # no thread is to be had: no line
-                drawing.start()
 
     def count(self, tally: _Tally, **more: Any) -> None:
         """Add to the counts of *tally*."""
         with self._counting:
             tally.update(more)
+            # A single sample gets no line, unless it waits; a second one, of any call, brings it up.
+            is_worth_it = tally["total"] > 1 or tally["retrying"] or tally["waiting"]
+            if is_worth_it and not tally["drawn"]:
+                tally["drawn"] = 1
+                drawing = threading.Thread(
+                    target=self._draw, args=(tally,), name="rollouts-progress", daemon=True)
+                with contextlib.suppress(RuntimeError):  # no thread is to be had: no line
+                    drawing.start()
 
     def end(self, unfinished: int) -> None:
         """Take back the *unfinished* samples of a call; with the last call the line goes."""
-        with self._lock:
-            self._active -= 1
-            self.count(self._tally, total=-unfinished)
-            if not self._active and self._view is not None:
-                self._ended.set()
-                self._view.end(self._tally, time.monotonic() - self._since)
-                self._view = None
+        with self._ended:
+            self.count(self._tally, calls=-1, total=-unfinished)
+            if not self._tally["calls"]:
+                if self._view.shown:
+                    self._show()  # a log keeps it
+                    self._view.show("")
+                self._view = _Log()
+                self._ended.notify_all()
 
     def say(self, text: str) -> None:
         """Write a line of its own."""
-        with self._lock:
-            view = self._view or _Log()
-            view.erase()
-            view._write(text + "\n")
+        self._start_afresh_if_forked()
+        with self._ended:
+            self._view.say(text)
 
-    def _draw(self, view: _Log, ended: threading.Event) -> None:
-        while not ended.wait(view.interval):
-            with self._lock:
-                if not ended.is_set():
-                    view.draw(self._tally, time.monotonic() - self._since, self.reason)
+    def _show(self) -> None:
+        elapsed = time.monotonic() - self._since
+        line = _format_progress(self._tally, elapsed, self._view.width(), self.reason)
+        self._view.show(line)
+
+    def _draw(self, tally: _Tally) -> None:
+        """Draw until the calls that *tally* counts have ended."""
+        with self._ended:
+            while not self._ended.wait_for(lambda: not tally["calls"], self._view.interval):
+                self._show()
 
 
 _progress = _Progress()
@@ -2834,14 +2809,14 @@ class _JsonCache:
         """The stored responses of *seeds*."""
         found: dict[int, Response] = {}
         place = self._place(request.key)
-        if len(seeds) > 1 and not os.path.isdir(place):
+        if not os.path.isdir(place):
             return found  # one look for a prompt that is new, not one a seed
         for seed in seeds:
             path = f"{place}/seed_{seed:05d}.json"
             try:
                 with open(path, "rb", buffering=0) as file:
                     found[seed] = _loaded(file.read(), seed)
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 pass
             except (OSError, ValueError, RecursionError) as error:
                 if _is_scarcity(error):
@@ -2865,10 +2840,8 @@ class _JsonCache:
         # miss.
         draft = f"{place}/.{os.urandom(8).hex()}.tmp"
         try:
-            with open(draft, "xb", buffering=0) as file:
-                data = text.encode()
-                if file.write(data) < len(data):  # a full disk takes a part, and says nothing
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with open(draft, "xb") as file:
+                file.write(text.encode())
             os.replace(draft, f"{place}/{name}")
         except BaseException:
             with contextlib.suppress(OSError):
@@ -2882,7 +2855,9 @@ class _JsonCache:
 class _SqlCache:
     """cache_dir/rollouts.sqlite3: the same, in two tables."""
 
-    _TABLES = """
+    _SETUP = """
+        PRAGMA journal_mode = WAL;
+        PRAGMA synchronous = NORMAL;
         CREATE TABLE IF NOT EXISTS requests (
             id TEXT PRIMARY KEY, request TEXT NOT NULL
         ) WITHOUT ROWID;
@@ -2898,19 +2873,27 @@ class _SqlCache:
         self._path = os.path.join(cache_dir, "rollouts.sqlite3")
         # Protects what follows: a connection serves one thread at a time.
         self._lock = threading.Lock()
-        self._connection: Optional[sqlite3.Connection] = None
-        self._file: Optional[tuple[int, int]] = None
+        self._connection: Any = None
+        self._file: Any = ""  # which one the connection is to; "" where it is of no use
         self._is_closed = False
+
+    def _identity(self) -> Any:
+        """What tells the file from one that took its place: whoever clears the cache deletes it.
+
+        Without it another process that makes the file anew would leave this one writing into the
+        old.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            return os.stat(self._path)[1:3]  # inode and device
+        return None
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
         """The kept connection, to the file that is there now. OSError where there can be none."""
         with self._lock:
             try:
-                if self._connection is None or self._file != self._identity():
-                    self._disconnect()
-                    self._connection = self._connect()
-                    self._file = self._identity()
+                if self._file != self._identity():
+                    self._connect()
                 yield self._connection
             except self._sqlite3.Error as error:
                 with contextlib.ExitStack() as probes:  # says so where descriptors have run out
@@ -2922,36 +2905,20 @@ class _SqlCache:
                 if self._is_closed:  # a response that was in flight then
                     self._disconnect()
 
-    def _identity(self) -> Optional[tuple[int, int]]:
-        """What tells the file from one that took its place: whoever clears the cache deletes it.
-
-        Without it another process that makes the file anew would leave this one writing into the
-        old.
-        """
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
-            return None
-        return status.st_dev, status.st_ino
-
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> None:
+        self._disconnect()
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
-        connection = self._sqlite3.connect(
+        self._connection = self._sqlite3.connect(
             self._path, timeout=60, isolation_level=None, check_same_thread=False)
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            connection.executescript(self._TABLES)
-            connection.text_factory = bytes  # so that one damaged text does not fail a whole query
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        self._connection.executescript(self._SETUP)
+        # So that one damaged text does not fail a whole query.
+        self._connection.text_factory = bytes
+        self._file = self._identity()
 
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
+        self._file = ""
 
     def get(
         self, request: _Request, seeds: Sequence[int], unusable: list[str]
@@ -2980,13 +2947,15 @@ class _SqlCache:
 
     def put(self, request: _Request, response: Response) -> None:
         """Store *response* in one transaction."""
-        key, stored = "/".join(request.key), json.dumps(request.stored, sort_keys=True)
+        key, text = "/".join(request.key), _dumped(response)
         with self._connected() as connection, connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute("INSERT OR IGNORE INTO requests VALUES (?, ?)", (key, stored))
+            known = connection.execute("SELECT 1 FROM requests WHERE id = ?", (key,)).fetchone()
+            if known is None:
+                stored = json.dumps(request.stored, sort_keys=True)
+                connection.execute("INSERT INTO requests VALUES (?, ?)", (key, stored))
             connection.execute(
-                "INSERT OR REPLACE INTO responses VALUES (?, ?, ?)",
-                (key, response.seed, _dumped(response)))
+                "INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", (key, response.seed, text))
 
     def close(self) -> None:
         """Close the connection. What still comes is stored over one of its own."""
@@ -3663,8 +3632,6 @@ class RolloutsClient:
             raise RolloutsError("the client was closed")
         if not call.in_flight:
             call.fail_the_rest()
-        elif call.tally is not None:
-            _progress.show()
         return call.in_flight > 0
 
     def _submit(self, call: _Call, index: int, seed: int) -> None:
