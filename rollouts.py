@@ -953,59 +953,49 @@ class _Injection(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> _Injection:
         if text.rfind("<think>") > text.rfind("</think>"):
-            return cls(text, text.rpartition("<think>")[2], "", True)
+            return cls(text, text.rpartition("<think>")[2], is_open=True)
         head, tag, answer = text.rpartition("</think>")
-        inside = head.partition("<think>")[2] if "<think>" in head else head
+        inside = head.split("<think>", 1)[-1]
         return cls(text, inside if tag else None, answer)
 
-    @property
-    def is_one_thought(self) -> bool:
-        """Whether thought and answer say all: one <think>, at the beginning."""
-        return self.text.lstrip().startswith("<think>") and self.text.count("<think>") == 1
+
+def _is_thought(part: Any) -> bool:
+    return _dict(part).get("type") in ("thinking", "reasoning")
 
 
-class _Expected(NamedTuple):
-    """What is known of a reply besides its message."""
-
-    injection: _Injection
-    echoes: bool = False  # the server repeats what was injected
-    is_hidden: bool = False  # the request asked not to be shown the thought
-    has_parser: Optional[bool] = None  # whether the server splits replies itself, where it tells
-    may_be_answer: bool = False  # the model stopped by itself
-
-
-def _text_of(content: Any, name: str = "text") -> str:
-    """The text of *content*: a str, nothing, or a list of parts with their text under *name*."""
+def _text_of(content: Any) -> str:
+    """The text of *content*: a str, nothing, or a list of parts; without parts that are thoughts."""
     if isinstance(content, list):
         return "".join(
-            _text_of(part.get(name)) if isinstance(part, dict) else part
-            for part in content
-            if isinstance(part, dict) or (isinstance(part, str) and name == "text"))
+            _text_of(part.get("text") if isinstance(part, dict) else part)
+            for part in content if not _is_thought(part))
     return content if isinstance(content, str) else ""
 
 
-def _text_of_thought(part: Mapping[str, Any]) -> str:
-    texts = (_text_of(part.get(name)) for name in ("thinking", "text", "summary"))
-    return next((text for text in texts if text.strip()), "")
+def _thought_in(parts: list[Any]) -> str:
+    """The text of thoughts that come as a list; the name of its field differs."""
+    fields = (
+        part.get("thinking") or part.get("text") or part.get("summary")
+        for part in map(_dict, parts))
+    return "".join(map(_text_of, fields))
 
 
 def _fields_of(message: Mapping[str, Any]) -> tuple[Optional[str], str]:
     """A message's (thought, content). None: no field that holds a thought, not even an empty one.
 
-    The names of that field differ, and thoughts also come as parts of the content.
+    A thought comes under one of two names, as parts of the content, or as OpenRouter's details. A
+    blank one hides no other.
     """
-    parts, details = message.get("content"), message.get("reasoning_details")
+    content, details = message.get("content"), message.get("reasoning_details")
     candidates = [message.get("reasoning_content"), message.get("reasoning")]
-    if isinstance(parts, list):
-        kinds = [part.get("type") if isinstance(part, dict) else "text" for part in parts]
-        thoughts = [part for part, kind in zip(parts, kinds) if kind in ("thinking", "reasoning")]
-        parts = [part for part, kind in zip(parts, kinds) if kind not in ("thinking", "reasoning")]
-        if thoughts:
-            candidates.append("".join(map(_text_of_thought, thoughts)))
-    candidates += [_text_of(details, name) for name in ("text", "summary") if details]
-    texts = [each for each in candidates if isinstance(each, str)]
+    if isinstance(content, list):
+        thoughts = list(filter(_is_thought, content))
+        candidates.append(_thought_in(thoughts) if thoughts else None)
+    if isinstance(details, list) and details:
+        candidates.append(_thought_in(details))
+    texts = [text for text in candidates if isinstance(text, str)]
     thought = next((text for text in texts if text.strip()), texts[0] if texts else None)
-    return thought, _text_of(parts) or _text_of(message.get("refusal"))
+    return thought, _text_of(content) or _text_of(message.get("refusal"))
 
 
 def _messages_of(prompt: Prompt) -> list[dict[str, Any]]:
@@ -1035,93 +1025,103 @@ def _injection_of(messages: Sequence[Mapping[str, Any]]) -> Optional[_Injection]
     if messages[-1]["role"] != "assistant":
         return None
     thought, content = _fields_of(messages[-1])
-    if not thought:
-        return _Injection.parse(content)
-    return _Injection.parse(f"<think>{thought}" + (f"</think>{content}" if content else ""))
+    if thought:
+        content = f"<think>{thought}</think>{content}" if content else f"<think>{thought}"
+    return _Injection.parse(content)
 
 
 def _with_prefill(message: dict[str, Any], injection: _Injection, way: _Prefill) -> dict[str, Any]:
     """The trailing *message* in the form in which a server continues it.
 
     In a field of its own a thought stands without the white space beside its tags, which the chat
-    template puts there. Observed with llama.cpp: where field and content are both empty no turn is
-    rendered at all, so that an empty open thought needs its line break.
+    template puts there. A message that already has such a field, several thoughts, or words before
+    the first, stays as it is. What llama.cpp does was observed.
     """
     message = {**way.message, **message}
-    parts = message.get("content")
-    if isinstance(parts, list) and all(_dict(part).get("type") == "text" for part in parts):
-        message["content"] = _text_of(parts)  # llama.cpp joins them with two line breaks (observed)
-    is_in_content = message.get("content") == injection.text  # not in a field of the user's own
-    is_split = injection.thought is not None and injection.is_one_thought
-    if not (way.thought and is_in_content and is_split):
+    content = message.get("content")
+    if isinstance(content, list) and all(_dict(part).get("type") == "text" for part in content):
+        message["content"] = _text_of(content)  # llama.cpp joins parts with two line breaks
+    before, tag, _ = injection.text.rpartition("<think>")
+    is_one_thought = tag and not before.strip()
+    if not (way.thought and is_one_thought and message.get("content") == injection.text):
         return message
-    assert injection.thought is not None
-    thought, answer = injection.thought.removeprefix("\n"), injection.answer.lstrip("\n")
+    thought = (injection.thought or "").removeprefix("\n")
+    answer: Any = injection.answer.lstrip("\n")
     if not injection.is_open:
         thought = thought.removesuffix("\n")
-    if way.thought != "thinking":
-        if not answer and not injection.is_open and not way.message:
-            # llama.cpp closes the thought only before a content, which this is (observed).
-            return {**message, "content": [{"type": "text", "text": ""}], way.thought: thought}
-        thought = thought or ("\n" if injection.is_open else "")
-        return {**message, "content": answer, way.thought: thought}
-    part = {
-        "type": "thinking", "thinking": [{"type": "text", "text": thought}],
-        "closed": not injection.is_open}
-    answers = [{"type": "text", "text": answer}] if answer else []
-    return {**message, "content": [part, *answers]}
+    text = {"type": "text", "text": answer}
+    if way.thought == "thinking":
+        inside = [{"type": "text", "text": thought}]
+        part = {"type": "thinking", "thinking": inside, "closed": not injection.is_open}
+        return {**message, "content": [part, text] if answer else [part]}
+    if injection.is_open:
+        thought = thought or "\n"  # llama.cpp renders no turn where both fields are empty
+    elif not answer and not way.message:
+        answer = [text]  # llama.cpp closes the thought only before a content, which this is
+    return {**message, "content": answer, way.thought: thought}
 
 
-def _after_echo(text: str, echo: str, is_sure: bool) -> Optional[str]:
-    """What follows *echo* at the beginning of *text*; None where *text* does not repeat it.
+@functools.lru_cache(maxsize=1024)  # a text is the same for all samples of a prompt
+def _echo_pattern(text: str) -> re.Pattern[str]:
+    """What matches *text* at the beginning of a reply.
 
     The white space beside tags is free, as templates and gateways put their own there. An empty
     thought may stand in front: some templates close one before what was injected.
     """
-    if not echo.strip() or not (is_sure or len(echo) >= _SURE_ECHO):
-        return None
-    body = echo.strip()
-    pieces = re.split(r"\s*(</?think>)\s*", body)
-    pattern = "".join(
-        rf"\s*{piece}\s*" if number % 2 else re.escape(piece)
-        for number, piece in enumerate(pieces))
-    end = re.escape(echo[len(echo.rstrip()):])
-    match = re.match(rf"\s*(?:<think>\s*</think>\s*)?{pattern}(?:{end})?", text)
-    return text[match.end():] if match else None
+    pieces = re.split(r"\s*(</?think>)\s*", text.strip())
+    body = r"\s*".join(map(re.escape, pieces))
+    end = re.escape(text[len(text.rstrip()):])
+    return re.compile(rf"\s*(?:<think>\s*</think>\s*)?{body}(?:{end})?")
+
+
+def _after_echo(text: str, echo: str, echoes: bool) -> str:
+    """*text* without *echo* at its beginning, if it surely repeats it."""
+    is_sure = echoes or "<think>" in echo or len(echo) >= _SURE_ECHO
+    match = _echo_pattern(echo).match(text) if is_sure and echo.strip() else None
+    return text[match.end():] if match else text
+
+
+def _read_forced(field: str, content: str, injection: _Injection, echoes: bool) -> str:
+    """What goes on with a forced answer: all that came but the echo, in whichever field it came."""
+    thought = injection.thought or ""
+    rest = _after_echo(content, injection.text, echoes)
+    if rest == content:
+        is_sure = echoes or len(thought) >= _SURE_ECHO
+        if is_sure and field.strip() == thought.strip():  # the echo was split at its tag
+            field, echoes = "", True
+        rest = _after_echo(content, injection.answer, echoes)
+    return "".join(filter(str.strip, (field, rest))) or rest
 
 
 def _without_echo(
-    thought: Optional[str], content: str, injection: _Injection, echoes: bool
-) -> tuple[Optional[str], str, bool]:
-    """(thought, content, whether content had the echo), without the injected text."""
-    rest = _after_echo(content, injection.text, echoes or "<think>" in injection.text)
-    if rest is not None:
-        return thought, rest, True
-    inside = injection.thought or ""
-    if injection.is_open:
-        rest = _after_echo(thought or "", inside, echoes)
-        if echoes and thought and not inside.strip():
-            rest = thought.removeprefix("\n")  # the line break that opened an empty thought
-        if rest is not None:
-            return rest, content, False
-        rest = _after_echo(content, inside, echoes)
-    elif injection.thought is not None:
-        is_sure = echoes or len(inside) >= _SURE_ECHO
-        is_split = is_sure and (thought or "").strip() == inside.strip()
-        rest = _after_echo(content, injection.answer, echoes or is_split)
-        if is_split:
-            return None, content if rest is None else rest, True
-    return thought, content if rest is None else rest, rest is not None
+    field: Optional[str], content: str, injection: _Injection, echoes: bool
+) -> tuple[Optional[str], str]:
+    """(field, content) without the injected text, which at most one of them repeats."""
+    rest = _after_echo(content, injection.text, echoes)
+    if rest != content or not injection.is_open:
+        return field, rest
+    thought = injection.thought or ""
+    if field and echoes and not thought.strip():
+        return field.removeprefix("\n"), content  # it opened the empty thought
+    if field:
+        continuation = _after_echo(field, thought, echoes)
+        if continuation != field:
+            return continuation, content
+    return field, _after_echo(content, thought, echoes)
 
 
-def _end_of_thought(text: str, pattern: re.Pattern[str], in_code: bool) -> Optional[re.Match[str]]:
-    """The first match of *pattern* outside blocks of code; else, with *in_code*, the first of all.
+def _split_at_closing(text: str, is_open: bool) -> tuple[str, str, bool]:
+    """(thought, answer, True) at the tag that closes a thought; else (*text*, "", False).
 
-    A thought may leave its block of code open.
+    A tag in a block of code counts only where nothing else closes a thought that *is_open*: it may
+    have left that block open.
     """
-    matches = list(pattern.finditer(text))
+    matches = list((_CLOSING if is_open else _LONE_CLOSING).finditer(text))
     outside = (match for match in matches if text.count("```", 0, match.start()) % 2 == 0)
-    return next(outside, matches[0] if matches and in_code else None)
+    match = next(outside, matches[0] if matches and is_open else None)
+    if match is None:
+        return text, "", False
+    return text[:match.start()], text[match.end():].lstrip(), True
 
 
 def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
@@ -1130,82 +1130,63 @@ def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
     A block counts at the beginning, or after a preamble that ends in a line break. *is_open*: the
     thought was open before.
     """
-    preamble, tag, inside = text.partition("<think>")
-    is_apart = bool(re.search(r"\n[ \t]*\Z", preamble)) and preamble.count("```") % 2 == 0
-    if tag and (not preamble.strip() or (is_apart and not is_open)):
-        match = _end_of_thought(inside, _CLOSING, True)
-        if match is None:
-            return inside.lstrip(), preamble.strip(), False
-        answer = inside[match.end():]
-        return inside[:match.start()].lstrip(), preamble.lstrip() + answer.lstrip(), True
-    match = _end_of_thought(text, _CLOSING if is_open else _LONE_CLOSING, is_open)
-    if match is None or (not is_open and match.start() > len(preamble)):
+    if "think>" not in text:
         return None
-    return text[:match.start()], text[match.end():].lstrip(), True
-
-
-def _is_answer(content: str, has_field: bool, has_echo: bool, expected: _Expected) -> bool:
-    """Whether *content* without tags, after an open thought, is the answer.
-
-    A server with a parser takes the tag of a thought away that the model closes at once. Observed:
-    a reasoning field that is a str, even an empty one, or vLLM's usage tell of a parser. Elsewhere
-    a model that stopped by itself has rather lost its tag than ended within its thought. A text
-    that begins with a space goes on with the injected words.
-    """
-    if has_echo or not (content.strip() or expected.may_be_answer):
-        return False  # it goes on with the text that it repeats, or ended before anything came
-    if expected.has_parser is not None:
-        return has_field or expected.has_parser
-    if has_field or expected.is_hidden:
-        return True
-    return expected.may_be_answer and not content.startswith((" ", "\t"))
+    preamble, tag, inside = text.partition("<think>")
+    is_apart = preamble.rstrip(" \t").endswith("\n") and preamble.count("```") % 2 == 0
+    if tag and (not preamble.strip() or (is_apart and not is_open)):
+        thought, answer, is_closed = _split_at_closing(inside, True)
+        begun = preamble.lstrip() if is_closed else preamble.strip()
+        return thought.lstrip(), begun + answer, is_closed
+    thought, answer, is_closed = _split_at_closing(text, is_open)
+    if not is_closed or (not is_open and len(thought) > len(preamble)):
+        return None
+    return thought, answer, True
 
 
 def _read_field(thought: str, content: str) -> tuple[str, str, bool]:
-    """(thought, content, whether a tag closed the thought), for a thought in its own field.
+    """(thought, content, whether the thought is closed), for a thought in its own field.
 
     Of the content nothing but a leading block or tag is cut: llama.cpp's "deepseek-legacy" gives
     the thought twice, in its field and in the content.
     """
-    is_closed = False
-    if not content.strip():
-        match = _CLOSING.search(thought)
-        if match is not None:  # a parser that missed the tag
-            thought, content, is_closed = thought[:match.start()], thought[match.end():], True
-    match = _LEADING_BLOCK.match(content)
-    if match is not None:
-        block, content = match[1] or "", content[match.end():]
-        is_closed = match[0].rstrip().endswith("</think>")
-        if block.strip() not in thought:
-            thought += block
-    if thought.lstrip().startswith("<think>"):  # it began afresh
-        thought = thought.lstrip()[len("<think>"):].lstrip()
-    return thought, content, is_closed
+    is_closed = bool(content)
+    if not content.strip():  # a parser may have missed the tag
+        thought, content, has_tag = _split_at_closing(thought, True)
+        is_closed = is_closed or has_tag
+    block = _LEADING_BLOCK.match(content)
+    if block is not None:
+        content = content[block.end():]
+        is_closed = block[0].rstrip().endswith("</think>")
+        if block[1] and block[1].strip() not in thought:
+            thought += block[1]
+    return re.sub(r"\A\s*<think>\s*", "", thought), content, is_closed  # that tag: it began afresh
 
 
 def _read_message(
-    message: Mapping[str, Any], expected: _Expected
-) -> tuple[Optional[str], str, bool]:
-    """A reply's (reasoning, content, completed_reasoning), whatever the server made of it."""
-    injection = expected.injection
-    field, content = _fields_of(message)
-    field, content, has_echo = _without_echo(field, content, injection, expected.echoes)
+    message: Mapping[str, Any], injection: _Injection, echoes: bool
+) -> tuple[Optional[str], str, Optional[bool]]:
+    """A reply's (reasoning, content, completed_reasoning), whatever the server made of it.
+
+    *echoes*: the server repeats what was injected. completed_reasoning is None where nothing in the
+    message tells whether its content, without tags, goes on with an open thought or is the answer
+    already; its reasoning is '' then if it has a field for one.
+    """
+    field, given = _fields_of(message)
     if injection.thought is not None and not injection.is_open:
-        answer = [text for text in (field or "", content) if text.strip()] or [content]
-        return None, "".join(answer), True  # also where a parser took it for a thought
+        return None, _read_forced(field or "", given, injection, echoes), True
+    field, content = _without_echo(field, given, injection, echoes)
     if field and field.strip():
         thought, content, is_closed = _read_field(field, content)
-        is_closed = is_closed or bool(content) or bool(message.get("tool_calls"))
+        is_closed = is_closed or bool(message.get("tool_calls"))
+    elif (split := _split_at_tags(content, injection.is_open)) is not None:
+        thought, content, is_closed = split
+    elif not injection.is_open:
+        return None, content.lstrip() if field else content, True
+    elif content != given:
+        return content, "", False  # it goes on with the text that it repeats
     else:
-        split = _split_at_tags(content, injection.is_open)
-        if split is not None:
-            thought, content, is_closed = split
-        elif not injection.is_open:
-            return None, content.lstrip() if field else content, True
-        elif _is_answer(content, field is not None, has_echo, expected):
-            return None if expected.is_hidden else "", content.lstrip(), True
-        else:
-            return content, "", False
+        return None if field is None else "", content, None
     if not injection.text:
         thought = thought.lstrip()
     if is_closed:
@@ -1577,6 +1558,8 @@ _LONGEST_BACKOFF = 60.0  # seconds
 _LONGEST_WAIT = 600.0  # seconds; an API that asks for more has met a limit that lasts
 _UNIX_TIME = 1e9  # a wait that is not shorter is a time: seconds since 1970, from 2001 on
 _UNIX_MILLISECONDS = 1e11  # from here on in milliseconds: as seconds it is the year 5138
+# Where a wait is told; the second is LiteLLM's, the others stand in OpenRouter's bodies.
+_WAIT_FIELDS = ("retry-after", "llm_provider-retry-after", "retry_after", "retry_after_seconds")
 
 # What an account that has nothing left is told, in codes, types and words.
 _NO_CREDIT = (
@@ -1631,18 +1614,34 @@ def _retry_after(
     """
     metadata = _dict(error.get("metadata"))
     now = _date(headers.get("date")) or time.time()
-    waits = [
-        _wait_of(_dict(error.get("availability")).get("retry_after"), now),
-        _wait_of(metadata.get("retry_after_seconds"), now)]
-    for source in (headers, _dict(metadata.get("headers"))):
-        fields = {str(name).lower(): value for name, value in source.items()}
-        waits.append(_seconds(fields.get("retry-after-ms"), 0.001))
-        for name in ("retry-after", "llm_provider-retry-after"):  # the latter is LiteLLM's
-            waits.append(_wait_of(fields.get(name), now))
-        reset = _seconds(fields.get("x-ratelimit-reset"))
-        if status == 429 and reset is not None and reset >= _UNIX_TIME:
-            waits.append(_wait_of(reset, now))
+    waits = []
+    for source in (
+        headers, _dict(metadata.get("headers")), metadata, _dict(error.get("availability"))
+    ):
+        for name, value in source.items():
+            name = str(name).lower()
+            is_reset = name == "x-ratelimit-reset" and (_seconds(value) or 0) >= _UNIX_TIME
+            if name in _WAIT_FIELDS or (is_reset and status == 429):
+                waits.append(_wait_of(value, now))
+            elif name == "retry-after-ms":
+                waits.append(_seconds(value, 0.001))
     return max((wait for wait in waits if wait is not None), default=None)
+
+
+def _says(pattern: str, text: str) -> bool:
+    return re.search(pattern, text, re.I | re.S) is not None
+
+
+def _is_daily(kinds: str, words: str, is_told: bool) -> bool:
+    """Whether a limit lasts for a day or more: by its codes, else by the API's words.
+
+    *is_told*: the API said how long to wait, which counts for more than its words.
+    """
+    if _says(_DAILY, kinds):
+        return True
+    if is_told or _says(_SHORT, kinds):
+        return False
+    return _says(_DAILY_LIMIT, words) or (_says(_DAILY, words) and not _says(_SHORT, words))
 
 
 def _why_it_lasts(status: int, error: Mapping[str, Any], words: str, wait: Optional[float]) -> str:
@@ -1650,20 +1649,18 @@ def _why_it_lasts(status: int, error: Mapping[str, Any], words: str, wait: Optio
 
     A stated wait is obeyed even where the message speaks of a daily limit: Groq's waits are short.
     """
+    codes = ("code", "type", "error_code", "status", "status_code", "details")
     source = _dict(error.get("metadata")).get("limit_source")
-    fields = [error.get(name) for name in ("code", "type", "error_code", "status", "status_code")]
-    kinds = " ".join(str(kind) for kind in (*fields, source, error.get("details")))
-    if re.search(_NO_CREDIT, f"{kinds} {words}", re.I) or re.search(r"\b1113\b|billing", kinds):
+    kinds = " ".join(map(str, (*map(error.get, codes), source)))
+    if _says(_NO_CREDIT, f"{kinds} {words}") or _says(r"\b1113\b|billing", kinds):  # 1113: z.ai
         return "the account has no quota left: add credit"
-    is_told = wait is not None or re.search(_SHORT, kinds, re.I)
-    is_daily = re.search(_DAILY, kinds, re.I) or (not is_told and (
-        re.search(_DAILY_LIMIT, words, re.I | re.S)
-        or (re.search(_DAILY, words, re.I) and not re.search(_SHORT, words, re.I))))
-    if (wait or 0) <= _LONGEST_WAIT and not (status == 429 and is_daily):
-        return ""
-    when = f"the API asks to wait {wait / 60:.0f} minutes" if wait else (
-        "this limit does not lift within minutes")
-    return f"{when}: come back then; what arrived is in the cache"
+    if (wait or 0) > _LONGEST_WAIT or (
+        status == 429 and _is_daily(kinds, words, wait is not None)
+    ):
+        when = f"the API asks to wait {wait / 60:.0f} minutes" if wait else (
+            "this limit does not lift within minutes")
+        return f"{when}: come back then; what arrived is in the cache"
+    return ""
 
 
 def _backoff(error: APIError, attempt: int, jitter: float) -> float:
@@ -1687,31 +1684,35 @@ _WORD_FIELDS = (  # where APIs put their words
 _PIECES = (  # of a streamed message, what comes in pieces
     "content", "reasoning", "reasoning_content", "reasoning_details", "refusal", "tool_calls")
 
-_ADVICE = {
-    400: "check the parameters, the model's id and the length of the prompt",
-    401: "pass the right key as api_key=…{or_set}",
-    402: "add credit to the account, or ask for fewer max_tokens",
-    403: "the key, the account's limits or the content was refused: see the API's words",
-    404: "check the model's id, base_url, and what the provider routing leaves over",
-    407: "give the proxy its user and password: HTTPS_PROXY=http://user:password@host:port",
-    413: "shorten the prompt",
-    422: "a field of the request is not known here or out of range: see the API's words",
-    429: "lower requests_per_minute or max_concurrency, or try again later",
-}
-_TEMPLATE_ADVICE = (
-    "the server's chat template drops or rewrites a part of the injected text: start the server "
-    "with another template, or pass endpoint='completions'")
+# (pattern of the status, what the API's words hold, advice): the first that fits.
+_PROXY_ADVICE = "give the proxy its user and password: HTTPS_PROXY=http://user:password@host:port"
+_ADVICE = (
+    ("3..", "", "redirects are not followed: set base_url to the address that answers"),
+    ("400", "not appear in the chat",
+     "the server's chat template drops or rewrites a part of the injected text: start the server "
+     "with another template, or pass endpoint='completions'"),
+    ("400", "max_tokens",
+     "check max_tokens, which the API names, the parameters, the model's id and the length of the "
+     "prompt"),
+    ("400", "", "check the parameters, the model's id and the length of the prompt"),
+    ("401", "", "pass the right key as api_key=…{or_set}"),
+    ("402", "", "add credit to the account, or ask for fewer max_tokens"),
+    ("403", "", "the key, the account's limits or the content was refused: see the API's words"),
+    ("404", "", "check the model's id, base_url, and what the provider routing leaves over"),
+    ("407", "", _PROXY_ADVICE),
+    ("413", "", "shorten the prompt"),
+    ("422", "",
+     "a field of the request is not known here or out of range: see the API's words"),
+    ("429", "", "lower requests_per_minute or max_concurrency, or try again later"),
+)
 
 
 def _advice_of(api: _Api, status: Optional[int], words: str = "") -> str:
-    if status is not None and 300 <= status < 400:
-        return "redirects are not followed: set base_url to the address that answers"
-    if status == 400 and "not appear in the chat" in words:
-        return _TEMPLATE_ADVICE
-    advice = _ADVICE.get(status or 0, "")
-    if status == 400 and "max_tokens" in words:
-        advice = "check max_tokens, which the API names, " + advice.partition(" ")[2]
-    return advice.format(or_set=f" or set {api.key_name}" if api.key_name else "")
+    or_set = f" or set {api.key_name}" if api.key_name else ""
+    for pattern, sign, advice in _ADVICE:
+        if re.fullmatch(pattern, str(status)) and sign in words:
+            return advice.format(or_set=or_set)
+    return ""
 
 
 def _failure(
@@ -1731,9 +1732,39 @@ def _failure(
         advice=advice)
 
 
+def _first(value: Any) -> Any:
+    """The first of a list, as which some APIs send a body or an error; else *value* itself."""
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _error_in(data: Any) -> dict[str, Any]:
+    """The part of a reply that describes an error; empty where it is no JSON object."""
+    data = _dict(_first(data))
+    inner = (_dict(_first(data.get(name))) for name in ("error", "errors", "base_resp"))
+    return next(filter(None, inner), data)
+
+
+def _fails(data: Mapping[str, Any]) -> bool:
+    """Whether a reply of status 200 says that it failed, in one of the many ways of saying so."""
+    base = _dict(data.get("base_resp")).get("status_code")  # MiniMax's; 0 is good
+    is_bare = not data.get("choices") and "usage" not in data and any(map(data.get, _WORD_FIELDS))
+    return bool(
+        data.get("error") or data.get("errors") or base or data.get("object") == "error"
+        or data.get("success") is False or is_bare)
+
+
 def _said(value: Any) -> str:
     """*value* as words: a str as it is, anything else as JSON with its letters."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _words_of(error: Mapping[str, Any], whole: Any) -> str:
+    """The API's own words; where no known field holds them, the *whole* body."""
+    metadata = _dict(error.get("metadata"))
+    words = [*map(error.get, _WORD_FIELDS), metadata.get("raw"), metadata.get("reasons")]
+    text = ": ".join(dict.fromkeys(_said(word) for word in words if word)) or _said(whole)
+    upstream = metadata.get("provider_name")
+    return f"{text} (from {upstream})" if upstream else text
 
 
 def _plain_text(page: str) -> str:
@@ -1745,94 +1776,100 @@ def _plain_text(page: str) -> str:
     return "an HTML page: " + (texts[1] if texts[0] in texts[1] else ": ".join(filter(None, texts)))
 
 
-def _error_in(data: Any) -> dict[str, Any]:
-    """The part of a reply that describes an error: a dict, empty where it holds nothing."""
-    if isinstance(data, list) and data:
-        data = data[0]  # Gemini's form
-    for name in ("error", "errors", "base_resp"):
-        inner = _dict(data).get(name)
-        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
-            inner = inner[0]
-        if isinstance(inner, dict) and inner:
-            return inner
-    return data if isinstance(data, dict) else {"message": data} if data else {}
+class _Body(NamedTuple):
+    """A reply as it came: what was received of it, and what cut it short, if anything did."""
+
+    status: int
+    headers: Mapping[str, str]  # names in small letters
+    content: bytes
+    broken: Optional[Exception] = None
 
 
-def _words_of(error: Mapping[str, Any], whole: Any) -> str:
-    """The API's own words; where no known field holds them, the *whole* body."""
-    metadata = _dict(error.get("metadata"))
-    words = [*map(error.get, _WORD_FIELDS), metadata.get("raw"), metadata.get("reasons")]
-    text = ": ".join(dict.fromkeys(_said(word) for word in words if word))
-    if not text and whole:
-        text = _said(whole)
-    upstream = metadata.get("provider_name")
-    return f"{text} (from {upstream})" if upstream else text
+def _refusal(api: _Api, body: _Body, data: Any) -> APIError:
+    """The APIError for a reply that says that it failed; *data* is its JSON, or its text.
 
-
-def _refusal(
-    api: _Api, status: int, headers: Mapping[str, str], data: Any, text: str = ""
-) -> APIError:
-    """The APIError for a reply of *status*; its body is *data*, or *text* if that is no JSON."""
-    error = _error_in(data)
-    words = _words_of(error, data or text)
+    An error within a 200 counts as the status that it names, or as 502.
+    """
+    error, status = _error_in(data), body.status
+    if 200 <= status < 300:
+        named = map(error.get, ("code", "http_status", "status_code", "status"))
+        status = next((each for each in map(_count, named) if 400 <= each < 600), 502)
+    words = _words_of(error, data or "")
     if 300 <= status < 400:
-        words = f"it redirects to {headers.get('location')}"
+        words = f"it redirects to {body.headers.get('location')}"
     elif words.lstrip().startswith("<"):
         words = _plain_text(words)
-    wait = _retry_after(status, headers, error)
+    wait = _retry_after(status, body.headers, error)
     stated = _dict(error.get("availability")).get("retryable")
     is_retryable = stated if isinstance(stated, bool) else _is_retryable(status)
     advice = _why_it_lasts(status, error, words, wait) if is_retryable else ""
-    reason = http.client.responses.get(status, "")
-    return _failure(
-        api, words or reason, status, is_retryable and not advice, wait, advice or None)
+    words = words or http.client.responses.get(status, "")
+    return _failure(api, words, status, is_retryable and not advice, wait, advice or None)
 
 
-def _tls_error(error: ssl.SSLError, words: str, advice: str) -> tuple[str, bool, str]:
-    """(words, whether it is retryable, advice) for a connection that TLS refused."""
-    if "WRONG_VERSION_NUMBER" in words or "HTTP_REQUEST" in words:
-        return words, False, "nothing speaks TLS at this port: does base_url begin with http://?"
-    if not isinstance(error, ssl.SSLCertVerificationError):
-        return words, True, advice
+class _Cause(NamedTuple):
+    """What an exception on the way to a reply means: of this *kind*, its words match *sign*."""
+
+    kind: Any
+    sign: str = ""
+    words: str = "{kind}: {error}"
+    is_retryable: bool = True
+    advice: str = "check the connection, or base_url"
+
+
+_CAUSES = (  # the first that fits
+    _Cause(
+        ssl.SSLError, "WRONG_VERSION_NUMBER|HTTP_REQUEST", is_retryable=False,
+        advice="nothing speaks TLS at this port: does base_url begin with http://?"),
     # What VERIFY_X509_STRICT, on from Python 3.13, asks of certificates that are trusted.
-    if re.search(r"Key Identifier|Basic Constraints|key usage|critical", words, re.I):
-        return words, False, (
-            "a certificate of the chain lacks what Python 3.13 asks for (RFC 5280, "
-            "VERIFY_X509_STRICT): have it reissued, or run an earlier Python")
-    return words, False, (
-        "the certificate is not trusted: point SSL_CERT_FILE to your organisation's certificates; "
-        "with python.org's build on macOS run 'Install Certificates.command' once")
+    _Cause(
+        ssl.SSLCertVerificationError, "(?i)Key Identifier|Basic Constraints|key usage|critical",
+        is_retryable=False,
+        advice="a certificate of the chain lacks what Python 3.13 asks for (RFC 5280, "
+        "VERIFY_X509_STRICT): have it reissued, or run an earlier Python"),
+    _Cause(
+        ssl.SSLCertVerificationError, is_retryable=False,
+        advice="the certificate is not trusted: point SSL_CERT_FILE to your organisation's "
+        "certificates; with python.org's build on macOS run 'Install Certificates.command' once"),
+    _Cause(ssl.SSLError),
+    # The deadline; where keepalive gave up, an errno stands in front.
+    _Cause(
+        (TimeoutError, socket.timeout), r"\A(?!\[)", "no complete reply within {timeout:g} s",
+        advice="raise timeout=…, or ask for fewer max_tokens"),
+    _Cause(
+        socket.gaierror, words="the name of {host} (or of a proxy) was not resolved: {error}",
+        advice="check the network, base_url and HTTPS_PROXY"),
+    _Cause(http.client.IncompleteRead, words="the reply broke off"),
+    _Cause(
+        ConnectionRefusedError, words="{base_url} refused the connection",
+        advice="is the server running there, and the proxy, if HTTP(S)_PROXY names one?"),
+    _Cause(
+        OSError, "Tunnel connection failed: 407", is_retryable=False, advice=_PROXY_ADVICE),
+    _Cause(
+        OSError, "Tunnel connection failed: [5-9]", advice="check HTTPS_PROXY and NO_PROXY"),
+    _Cause(
+        OSError, "Tunnel connection failed", is_retryable=False,
+        advice="check HTTPS_PROXY and NO_PROXY"),
+    _Cause(_TooLong, words="{error}", advice="ask for fewer max_tokens"),
+    _Cause(
+        _SocksProxy, words="{error}", is_retryable=False,
+        advice="name an HTTP proxy, or set NO_PROXY"),
+    _Cause(Exception),
+)
 
 
 def _connection_error(api: _Api, error: Exception, timeout: float) -> APIError:
     """The APIError for an exception on the way to a reply."""
-    words, is_retryable = f"{type(error).__name__}: {error}", True
-    advice = "check the connection, or base_url"
-    proxy = re.search(r"Tunnel connection failed: (\d+)", str(error))
-    if isinstance(error, ssl.SSLError):
-        words, is_retryable, advice = _tls_error(error, words, advice)
-    elif isinstance(error, (TimeoutError, socket.timeout)) and not error.errno:
-        words = f"no complete reply within {timeout:g} s"
-        advice = "raise timeout=…, or ask for fewer max_tokens"
-    elif isinstance(error, socket.gaierror):
-        host = urllib.parse.urlsplit(api.base_url).hostname
-        words = f"the name of {host} (or of a proxy) was not resolved: {error}"
-        advice = "check the network, base_url and HTTPS_PROXY"
-    elif isinstance(error, http.client.IncompleteRead):
-        words = "the reply broke off"
-    elif isinstance(error, ConnectionRefusedError):
-        words = f"{api.base_url} refused the connection"
-        advice = "is the server running there, and the proxy, if HTTP(S)_PROXY names one?"
-    elif proxy:
-        is_retryable = int(proxy[1]) >= 500
-        advice = _ADVICE[407] if proxy[1] == "407" else "check HTTPS_PROXY and NO_PROXY"
-    elif isinstance(error, _TooLong):
-        words, advice = str(error), "ask for fewer max_tokens"
-    elif isinstance(error, _SocksProxy):
-        words, is_retryable, advice = str(error), False, "name an HTTP proxy, or set NO_PROXY"
-    elif _is_scarcity(error):
+    cause = next(
+        each for each in _CAUSES
+        if isinstance(error, each.kind) and re.search(each.sign, str(error)))
+    words = cause.words.format(
+        kind=type(error).__name__, error=error, timeout=timeout, base_url=api.base_url,
+        host=urllib.parse.urlsplit(api.base_url).hostname)
+    advice = cause.advice
+    if _is_scarcity(error):
         advice = "too many open files: raise 'ulimit -n', or lower max_concurrency"
-    failure = _failure(api, words, None, is_retryable, None, advice)
+    failure = _failure(api, words, None, cause.is_retryable, None, advice)
     error.__context__ = None
     if not api.key or api.key not in repr((error, error.args, vars(error))):
         failure.__cause__ = error.with_traceback(None)
@@ -1844,18 +1881,18 @@ def _unpacked(body: bytes, encoding: str) -> bytes:
 
     Its first bytes decide; only deflate without a header has none that tell.
     """
-    forms = [(b"\x1f\x8b", 31), (b"\x78", 15), *([(b"", -15)] if "deflate" in encoding else [])]
-    for start, bits in forms:
-        if body.startswith(start):
-            with contextlib.suppress(zlib.error):
-                unpacked = b""
-                while body:  # gzip may come in several members
-                    unpacker = zlib.decompressobj(bits)
-                    unpacked += unpacker.decompress(body, _LONGEST_REPLY)
-                    if unpacker.unconsumed_tail or len(unpacked) > _LONGEST_REPLY:
-                        raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
-                    body = unpacker.unused_data
-                return unpacked
+    has_header = body.startswith((b"\x1f\x8b", b"\x78"))
+    if not has_header and "deflate" not in encoding:
+        return body
+    unpacked, rest = b"", body
+    with contextlib.suppress(zlib.error):
+        while rest:  # gzip may come in several members
+            unpacker = zlib.decompressobj(47 if has_header else -15)  # zlib's code for either form
+            unpacked += unpacker.decompress(rest, _LONGEST_REPLY)
+            if unpacker.unconsumed_tail or len(unpacked) > _LONGEST_REPLY:
+                raise _TooLong(f"a reply above {_LONGEST_REPLY >> 20} MiB")
+            rest = unpacker.unused_data
+        return unpacked
     return body
 
 
@@ -1871,22 +1908,22 @@ def _events(text: str) -> Iterator[Any]:
         field, _, value = line.partition(":")
         if line.startswith("{"):
             yield json.loads(line)
-        elif field == "error":
-            yield {"error": json.loads(value) if value.lstrip().startswith("{") else value}
         elif field == "data":
             data.append(value)
         elif field == "event":
             name = value.strip()
+        elif field == "error":
+            name, data = field, [value]
         elif not line:
             joined = "\n".join(data).strip()
             if joined == "[DONE]":
                 yield joined
                 return
-            if joined and name == "error":
+            if name == "error" and joined:
                 yield {"error": json.loads(joined) if joined.startswith("{") else joined}
             elif joined:
                 yield json.loads(joined)
-            data, name = [], ""
+            name, data = "", []
 
 
 def _joined(pieces: Sequence[Any]) -> Any:
@@ -1901,68 +1938,51 @@ def _joined(pieces: Sequence[Any]) -> Any:
     return list(itertools.chain.from_iterable(lists))
 
 
-def _fails(data: Mapping[str, Any]) -> bool:
-    """Whether a reply of status 200 says that it failed, in one of the many ways of saying so."""
-    base = _dict(data.get("base_resp")).get("status_code")  # MiniMax's; 0 is good
-    is_bare = not data.get("choices") and "usage" not in data and any(map(data.get, _WORD_FIELDS))
-    return bool(
-        data.get("error") or data.get("errors") or base or data.get("object") == "error"
-        or data.get("success") is False or is_bare)
-
-
 def _message_in(choice: Mapping[str, Any]) -> Optional[dict[str, Any]]:
     """The message of a choice, or the piece of one; raw completions have a text in its place."""
     if isinstance(choice.get("text"), str):
         return {"content": choice["text"]}
-    found = [each for each in map(choice.get, ("delta", "message")) if isinstance(each, dict)]
-    return next(filter(None, found), found[0] if found else None)
+    message = choice.get("delta") or choice.get("message")
+    return message if isinstance(message, dict) else None
 
 
-def _assembled(events: Iterator[Any]) -> tuple[Any, bool]:
+def _assembled(text: str) -> tuple[Any, bool]:
     """(the unstreamed reply that a stream amounts to, whether it came to its end).
 
     Without any finish_reason a stream is whole where [DONE] came and no chunk carried a null one:
     llama-cpp-python ends an older stream so when another request arrives (observed).
     """
-    reply: dict[str, Any] = {}
-    has_choices = False
-    latest: Any = None
+    values: list[Any] = []
+    problem: Optional[ValueError] = None
+    try:
+        for value in _events(text):
+            values.append(value)
+    except ValueError as error:
+        problem = error
+    is_done = values[-1:] == ["[DONE]"]
+    events = [_dict(_first(value)) for value in values]
+    failed = next(filter(_fails, events), None)
+    if failed is not None:
+        return failed, True
+    choices = [event["choices"] for event in events if "choices" in event]
+    parts = [part for part in map(_dict, itertools.chain.from_iterable(
+        each for each in choices if isinstance(each, list))) if not part.get("index")]
+    choice: dict[str, Any] = {
+        name: part[name] for part in parts for name in ("finish_reason", "error", "usage")
+        if part.get(name)}
+    if problem is not None and "finish_reason" not in choice:
+        raise problem  # after the text nothing is lost
+    if not choices and values[:-1 if is_done else None]:
+        return values[-2 if is_done else -1], True
     pieces: dict[str, list[Any]] = {}
-    choice: dict[str, Any] = {}
-    is_done = has_null = False
-    while True:
-        try:
-            value = next(events, events)  # itself at its end, as JSON may hold anything else
-        except ValueError:
-            if "finish_reason" not in choice:
-                raise
-            break  # only what follows the text is lost
-        if value is events or value == "[DONE]":
-            is_done = value is not events
-            break
-        event = _dict(value[0] if isinstance(value, list) and value else value)
-        choices = event.get("choices")
-        if _fails(event):
-            return event, True
-        has_choices = has_choices or "choices" in event
-        latest = value
-        reply.update((name, value) for name, value in event.items() if value and name != "choices")
-        for part in map(_dict, choices if isinstance(choices, list) else ()):
-            if part.get("index"):
-                continue
-            has_null = has_null or ("finish_reason" in part and part["finish_reason"] is None)
-            for name in ("finish_reason", "error"):
-                if part.get(name):
-                    choice[name] = part[name]
-            if part.get("usage"):
-                reply["usage"] = part["usage"]  # Moonshot's place for it
-            for name, value in (_message_in(part) or {}).items():
-                if name in _PIECES and isinstance(value, (str, list)):
-                    pieces.setdefault(name, []).append(value)
-    if latest and not has_choices:
-        return latest, True  # no stream at all, but a body in the form of one
+    for message in map(_message_in, parts):
+        for name, value in (message or {}).items():
+            if name in _PIECES and isinstance(value, (str, list)):
+                pieces.setdefault(name, []).append(value)
     choice["message"] = {name: _joined(values) for name, values in pieces.items()}
-    is_whole = "finish_reason" in choice or (is_done and not has_null) or "error" in choice
+    has_null = any(part.get("finish_reason", "") is None for part in parts)
+    is_whole = "finish_reason" in choice or "error" in choice or (is_done and not has_null)
+    reply = {name: value for event in events for name, value in event.items() if value}
     return {**reply, "choices": [choice]}, is_whole
 
 
@@ -1970,7 +1990,7 @@ def _parsed(content: bytes) -> tuple[Any, bool]:
     """(the JSON of a body, put together where it is a stream; whether it is whole). ValueError."""
     text = content.decode().lstrip("\ufeff \t\r\n")
     if re.match(r"(?:data|event|error|id|retry)(?:[:\r\n]|\Z)|:", text):
-        return _assembled(_events(text))
+        return _assembled(text)
     return json.loads(text), True
 
 
@@ -1980,90 +2000,81 @@ def _usage_of(data: Mapping[str, Any]) -> Usage:
     With a key of one's own (BYOK) OpenRouter's `cost` is its fee alone; what the upstream charged
     stands in cost_details (documented).
     """
-    def count(*names: str) -> int:
-        return next((_count(data[name]) for name in names if data.get(name)), 0)
-
-    details = {
-        **_dict(data.get("completion_tokens_details")), **_dict(data.get("prompt_tokens_details"))}
-    prompt = count("prompt_tokens", "input_tokens")
-    completion = count("completion_tokens", "output_tokens")
-    cached = _count(details.get("cached_tokens")) or count(
-        "prompt_cache_hit_tokens", "cache_read_input_tokens", "cached_tokens")
+    thoughts = _dict(data.get("completion_tokens_details")).get("reasoning_tokens")
+    cached = _dict(data.get("prompt_tokens_details")).get("cached_tokens")
+    for name in ("prompt_cache_hit_tokens", "cache_read_input_tokens", "cached_tokens"):
+        cached = cached or data.get(name)
+    prompt = _count(data.get("prompt_tokens") or data.get("input_tokens"))
+    completion = _count(data.get("completion_tokens") or data.get("output_tokens"))
+    total = _count(data.get("total_tokens")) or prompt + completion
     cost = _seconds(data.get("cost")) or 0.0
     if data.get("is_byok"):
         cost += _seconds(_dict(data.get("cost_details")).get("upstream_inference_cost")) or 0.0
-    return Usage(
-        prompt, completion, count("total_tokens") or prompt + completion,
-        _count(details.get("reasoning_tokens")), cached, cost)
+    return Usage(prompt, completion, total, _count(thoughts), _count(cached), cost)
 
 
 def _why_not_whole(response: Response) -> str:
     """Why *response*, live or an entry of the cache, is not to be kept; '' where it is."""
     if response.finish_reason in _FAILURES:
         return f"finish_reason is {response.finish_reason!r}"
-    if not (response.content or response.reasoning or response.usage.completion_tokens):
-        if response.finish_reason is None:
-            return "an empty reply without a finish reason"
-        return f"an empty reply of no tokens (finish_reason {response.finish_reason!r})"
-    return ""
+    if response.content or response.reasoning or response.usage.completion_tokens:
+        return ""
+    if response.finish_reason is None:
+        return "an empty reply without a finish reason"
+    return f"an empty reply of no tokens (finish_reason {response.finish_reason!r})"
 
 
-class _Body(NamedTuple):
-    """A reply as it came: what was received of it, and what cut it short, if anything did."""
+def _is_answer(
+    content: str, has_field: bool, request: _Request, finish_reason: Any, has_parser: Optional[bool]
+) -> bool:
+    """Whether *content* without tags, after an open thought, is the answer.
 
-    status: int
-    headers: Mapping[str, str]  # names in small letters
-    content: bytes
-    broken: Optional[Exception] = None
-
-
-def _expected(
-    request: _Request, provider: _Provider, finish_reason: Any, streamed: bool
-) -> _Expected:
-    """What is known of a reply to *request* before its message is read."""
-    # With this flag llama.cpp's streams do not repeat what was injected (observed).
-    is_flagged = streamed and "continue_final_message" in request.body
-    return _Expected(
-        request.injection, provider.echoes and not is_flagged, request.hides_thoughts,
-        may_be_answer=finish_reason == "stop" and not request.body.get("stop"))
-
-
-def _error_within(api: _Api, headers: Mapping[str, str], data: Mapping[str, Any]) -> APIError:
-    """The APIError for an error within a 200: of the status that it names, or 502."""
-    error = _error_in(data)
-    named = [error.get(name) for name in ("code", "http_status", "status_code", "status")]
-    status = next((each for each in map(_count, named) if 400 <= each < 600), 502)
-    return _refusal(api, status, headers, data)
+    A server with a parser takes the tag of a thought away that the model closes at once. Observed:
+    a reasoning field that is a str, even an empty one, tells of a parser. Elsewhere a model that
+    stopped by itself has rather lost its tag than ended within its thought. A text that begins with
+    a space goes on with the injected words.
+    """
+    has_stopped = finish_reason == "stop" and not request.body.get("stop")
+    if not (content.strip() or has_stopped):
+        return False  # it ended before anything came
+    if has_field or has_parser is not None:
+        return has_field or bool(has_parser)
+    return request.hides_thoughts or (has_stopped and not content.startswith((" ", "\t")))
 
 
 def _read_choice(
     api: _Api, request: _Request, seed: int, body: _Body, whole: Any, streamed: bool
 ) -> tuple[Response, Optional[str]]:
     """What _read_reply returns, from the *whole* JSON of a reply that came to its end."""
-    data = _dict(whole[0] if isinstance(whole, list) and whole else whole)
-    choices = data.get("choices")
-    choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
-    finish_reason = choice.get("finish_reason")
-    if _fails(data) or choice.get("error"):
-        # An error counts even where a choice that looks good stands beside it.
-        told = data if _fails(data) else {"error": choice["error"]}
-        raise _error_within(api, body.headers, told)
+    data = _dict(_first(whole))
+    choice = _dict(_first(data.get("choices")))
+    if _fails(data):  # counts even where a choice that looks good stands beside it
+        raise _refusal(api, body, data)
+    if choice.get("error"):
+        raise _refusal(api, body, {"error": choice["error"]})
     message = _message_in(choice)
     if message is None:
-        words = _words_of(_error_in(whole), whole) if isinstance(whole, (dict, list)) else ""
-        words = f"a reply without choices: {words}" if words else "a reply without choices"
-        raise _failure(api, words, body.status)
+        words = _words_of(_error_in(whole), whole)
+        raise _failure(api, f"a reply without choices: {words}", body.status)
     recognised = None
     if api.name not in _PROVIDERS:
         recognised = _recognised(body.headers, data.get("system_fingerprint"))
-    usage = _dict(data.get("usage"))
     server = recognised or api.name
-    expected = _expected(request, _PROVIDERS.get(server, api.provider), finish_reason, streamed)
-    # vLLM's usage has an object here where a parser is at work, else null (observed).
-    if server == "vllm" and "completion_tokens_details" in usage:
-        has_parser = isinstance(usage["completion_tokens_details"], dict)
-        expected = expected._replace(has_parser=has_parser)
-    reasoning, content, is_closed = _read_message(message, expected)
+    # With this flag llama.cpp's streams do not repeat what was injected (observed).
+    is_flagged = streamed and "continue_final_message" in request.body
+    echoes = _PROVIDERS.get(server, api.provider).echoes and not is_flagged
+    reasoning, content, is_closed = _read_message(message, request.injection, echoes)
+    usage = _dict(data.get("usage") or choice.get("usage"))  # the latter is Moonshot's, streamed
+    finish_reason = choice.get("finish_reason")
+    if is_closed is None:
+        # vLLM's usage has an object here where a parser is at work, else null (observed).
+        details = usage.get("completion_tokens_details", ...)
+        has_parser = isinstance(details, dict) if server == "vllm" and details is not ... else None
+        is_closed = _is_answer(content, reasoning is not None, request, finish_reason, has_parser)
+        if is_closed:
+            reasoning, content = None if request.hides_thoughts else "", content.lstrip()
+        else:
+            reasoning, content = content, ""
     response = Response(
         content, reasoning, is_closed, str(finish_reason) if finish_reason else None, seed,
         _usage_of(usage), str(data.get("model") or request.model),
@@ -2084,30 +2095,27 @@ def _read_reply(
 
     APIError, or what broke the reply off, where there is no whole answer in it.
     """
-    problem: Optional[Exception] = None
-    data, is_whole = None, False
+    data: Any = None
+    is_whole, problem = False, None
     content = _unpacked(body.content, body.headers.get("content-encoding") or "")
     try:
         data, is_whole = _parsed(content)
     except (ValueError, RecursionError) as error:
         problem = error
     is_good = 200 <= body.status < 300
-    is_late = isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong))
-    if body.broken is not None and is_late and (not is_good or "content-length" in body.headers):
-        raise body.broken
     if is_good and is_whole:
         try:
             return _read_choice(api, request, seed, body, data, streamed)
         except RecursionError:
             raise _failure(api, "a reply whose parts are nested too deep", body.status) from None
+    is_late = isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong))
+    if body.broken is not None and (is_good or is_late):
+        raise body.broken
     text = content.decode(errors="replace").strip()
     if api.key:
         text = text.replace(api.key, "***")  # before it is cut
     if not is_good:
-        data, text = (data, "") if is_whole else (None, text)
-        raise _refusal(api, body.status, body.headers, data, text)
-    if body.broken is not None:
-        raise body.broken
+        raise _refusal(api, body, data if is_whole else text)
     if problem is None or (streamed and not text):
         raise ConnectionError("the stream ended early")
     text = _plain_text(text) if text.startswith("<") else text
