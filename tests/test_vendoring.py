@@ -189,10 +189,9 @@ class Interface(Case):
     def test_the_signatures_of_the_contract(self) -> None:
         for function, names, defaults in (
             (rollouts.create_client, "model preset settings", {"preset": "balanced"}),
-            (rollouts.RolloutsClient.generate, "self prompt n_samples seed overrides", {"n_samples": 1, "seed": ...}),
-            (rollouts.RolloutsClient.agenerate, "self prompt n_samples seed overrides", {"n_samples": 1, "seed": ...}),
-            (rollouts.RolloutsClient.generate_many, "self prompts n_samples seed overrides",
-             {"n_samples": 1, "seed": ...}),
+            (rollouts.RolloutsClient.generate, "self prompt n_samples overrides", {"n_samples": 1}),
+            (rollouts.RolloutsClient.agenerate, "self prompt n_samples overrides", {"n_samples": 1}),
+            (rollouts.RolloutsClient.generate_many, "self prompts n_samples overrides", {"n_samples": 1}),
             (rollouts.RolloutsClient.resample, "self prompt reasoning n_samples at suffix overrides",
              {"at": None, "suffix": ""}),
             (rollouts.RolloutsClient.check_injection, "self overrides", {}),
