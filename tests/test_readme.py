@@ -132,17 +132,17 @@ class Readme(Example):
 
     def check_layout(self, prefixes) -> None:
         """The fields that the paper's scripts read."""
-        for rollouts in prefixes[:-1]:
-            with open(f"problem_0/chunk_{rollouts.at}/solutions.json", encoding="utf-8") as file:
+        for drawn in prefixes[:-1]:
+            with open(f"problem_0/chunk_{drawn.at}/solutions.json", encoding="utf-8") as file:
                 solutions = json.load(file)
             self.assertEqual(len(solutions), 10)
             for solution in solutions:
                 self.assertEqual(
                     {**solution, "chunk_removed": solution["chunk_removed"].strip()}, {
-                        "chunk_removed": re.split(r"(?<=\.)\s+", THOUGHT)[rollouts.at],
-                        "prefix_without_chunk": rollouts.prefix, "rollout": "</think>It is \\boxed{20}.",
+                        "chunk_removed": re.split(r"(?<=\.)\s+", THOUGHT)[drawn.at],
+                        "prefix_without_chunk": drawn.prefix, "rollout": "</think>It is \\boxed{20}.",
                         "chunk_resampled": "</think>It is \\boxed{20}.",
-                        "full_cot": rollouts.prefix + "</think>It is \\boxed{20}.", "answer": "20",
+                        "full_cot": drawn.prefix + "</think>It is \\boxed{20}.", "answer": "20",
                         "is_correct": False})
         self.assertEqual(len(os.listdir("problem_0")), len(prefixes) - 1)
 
