@@ -35,7 +35,9 @@ def think(request: Request) -> Reply:
         return chat("Paris.", message={"reasoning": " 8."})
     if last["content"].endswith("10*5="):
         return chat("It is 50.", message={"reasoning": "50"})
-    return chat("4")
+    if last["content"].endswith("\\boxed{"):
+        return chat("19}.")
+    return chat("It is \\boxed{19}." if last["content"].endswith("at 4.") else "It is \\boxed{20}.")
 
 
 class Example(Case):
@@ -93,12 +95,16 @@ class Readme(Example):
                     sent[code.strip().splitlines()[0]] = self.run_block(line, code, namespace)
                 else:
                     compile(code, README, "exec")
-        self.assertGreater(len(sent), 15)
+        self.assertGreaterEqual(len(sent), 15)
         for beginning, count in (
             ("from rollouts import RolloutsClient", 5),
-            ('rollouts = client.generate("What is 2+2?", n_samples=3)', 3 + 7 + 10),
+            ('rollouts = client.generate("What is 2+2?", n_samples=3)', 3 + 7 + 10 + 5 + 2 * 3),
+            ("import asyncio", 2 * 3),
             ('client = RolloutsClient("qwen/qwen3-30b-a3b", cache_dir="my_cache")', 3 + 0 + 3 + 3),
-            ('question = "When the base-16 number', 1 + 4 * 10),
+            ('question = "When the base-16 number', 1 + 4 * 10 + 0),
+            ("from rollouts import split_sentences", 5 + 2 * 5 + 0 + 3 * 3),  # the rest is in the cache
+            ("sentences = split_sentences(response.reasoning)", 4 * 10),
+            ("import json, pathlib", 0),
         ):
             with self.subTest(block=beginning):
                 self.assertEqual([sent[line] for line in sent if line.startswith(beginning)], [count])
@@ -107,6 +113,38 @@ class Readme(Example):
         self.assertIn("Counter({True: 10})", output)
         self.assertIn("seed_00002.json It is 4 (2). 15", output)
         self.assertNotIn("starts afresh", output)
+        self.assertIn("360 requests to go", output)  # 4 prefixes, 90 samples more
+        self.assertIn("+100%  So it stays at 4.", output)  # with the last sentence the answer is right
+        self.assertIn("0 Counter({'19': 10})", output)  # forced answers
+        self.assertIn("20 []", output)  # 20 responses, no errors
+        self.check_answers(namespace["answer"])
+        self.check_layout(namespace["prefixes"])
+
+    def check_answers(self, answer) -> None:
+        for text, expected in (
+            ("It is \\boxed{19}.", "19"), ("\\boxed{ \\frac{1}{2} } of it", "\\frac{1}{2}"),
+            ("\\boxed{1}, no, \\boxed{\\text{a {b}}}", "\\text{a {b}}"),
+            ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"), ("\\boxed{}", ""),
+            ("\\boxed{\\frac{1}{2", None), ("19", None), ("19}", None), ("", None),
+        ):
+            with self.subTest(text=text):
+                self.assertEqual(answer(text), expected)
+
+    def check_layout(self, prefixes) -> None:
+        """The fields that the paper's scripts read."""
+        for drawn in prefixes[:-1]:
+            with open(f"problem_0/chunk_{drawn.at}/solutions.json", encoding="utf-8") as file:
+                solutions = json.load(file)
+            self.assertEqual(len(solutions), 10)
+            for solution in solutions:
+                self.assertEqual(
+                    {**solution, "chunk_removed": solution["chunk_removed"].strip()}, {
+                        "chunk_removed": re.split(r"(?<=\.)\s+", THOUGHT)[drawn.at],
+                        "prefix_without_chunk": drawn.prefix, "rollout": "</think>It is \\boxed{20}.",
+                        "chunk_resampled": "</think>It is \\boxed{20}.",
+                        "full_cot": drawn.prefix + "</think>It is \\boxed{20}.", "answer": "20",
+                        "is_correct": False})
+        self.assertEqual(len(os.listdir("problem_0")), len(prefixes) - 1)
 
     def test_shell_commands_run(self) -> None:
         lines = [line for _, _, code in self.blocks("sh") for line in code.splitlines()]
@@ -133,11 +171,14 @@ class Readme(Example):
         for name, default in rollouts.Config("m").to_dict().items():
             with self.subTest(setting=name):
                 self.assertIn(name, tables)
-                row = re.search(rf"^\| `{name}` \| ([^|]*) \|", tables, re.MULTILINE)
-                if row:
+                row = re.search(rf"^\| ([^|]*`{name}`[^|]*) \| ([^|]*) \|", tables, re.MULTILINE)
+                if name != "model":  # which has no default
+                    names, defaults = row[1].split(", "), row[2].split(", ")
                     is_constant = default is None or isinstance(default, (bool, dict))
-                    self.assertEqual(row[1], f"`{json.dumps(default)}`" if isinstance(default, str) else
-                                     f"`{default!r}`" if is_constant else f"{default:g}")
+                    self.assertEqual(
+                        defaults[names.index(f"`{name}`") if len(defaults) > 1 else 0],
+                        f"`{json.dumps(default)}`" if isinstance(default, str) else
+                        f"`{default!r}`" if is_constant else f"{default:g}")
         for kind, call in (
             (rollouts.Rollouts, lambda: rollouts.Rollouts("", [], [], 0, "m")),
             (rollouts.Response, lambda: rollouts.Response("")),
