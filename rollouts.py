@@ -1212,7 +1212,7 @@ _BOUNDARY = r"""(?xs)
   | (?P<break> (?<=\S) (?= [^\S\n]*\n (?:
         [^\S\n]*\n\s* (?!\s|[≈≡≤≥]|=[^=>])          # a paragraph, but not "= 3"
       | [^\S\n]* (?: [-*•+] | \(?(?:\d{1,3}|[A-Za-z]|[ivxIVX]+)[.)] ) [^\S\n]+ [^\s=] ) ) )
-  | (?P<unspaced> [।॥۔؟｡。！？]+ [”’」』）]* )           # needs no space behind it
+  | (?P<unspaced> [।॥۔؟｡。！？]+ [”’」』）]* )          # needs no space behind it
   | (?P<weak>                           # "0.33… So", "5! So", "a ? b": ends before a capital only
         (?: (?<=\d)(?:\.{2,}|…) | (?:(?<=[\d)])|(?<=\b[a-z]))!(?![.!?]) | (?<=\s)[.!?](?![.!?]) )
         ["'”’»)\]}*_]* )
@@ -2103,12 +2103,13 @@ def _read_reply(
     except (ValueError, RecursionError) as error:
         problem = error
     is_good = 200 <= body.status < 300
-    if is_good and is_whole:
+    is_late = isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong))
+    is_short = is_late and "content-length" in body.headers  # the rest was on its way
+    if is_good and is_whole and not is_short:
         try:
             return _read_choice(api, request, seed, body, data, streamed)
         except RecursionError:
             raise _failure(api, "a reply whose parts are nested too deep", body.status) from None
-    is_late = isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong))
     if body.broken is not None and (is_good or is_late):
         raise body.broken
     text = content.decode(errors="replace").strip()
@@ -2729,7 +2730,7 @@ class _Progress:
         """Add to the counts of *tally*."""
         with self._counting:
             tally.update(more)
-            # A single sample gets no line, unless it waits; a second one, of any call, brings it up.
+            # A single sample gets no line, unless it waits; a second one, of any call, brings it.
             is_worth_it = tally["total"] > 1 or tally["retrying"] or tally["waiting"]
             if is_worth_it and not tally["drawn"]:
                 tally["drawn"] = 1
