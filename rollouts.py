@@ -152,7 +152,7 @@ def _warn(text: str) -> None:
 #
 # The table is the place to extend: a new API is one row here and nothing anywhere else.
 # *Documented* and *observed* say how a row's way is known; where neither is said, it is the
-# documented default.
+# the plain trailing message of most hosted APIs, presumed.
 
 
 class _Prefill(NamedTuple):

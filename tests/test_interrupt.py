@@ -129,6 +129,7 @@ class Script(Processes):
                 with self.subTest(name, use_cache=use_cache):
                     self.assert_uncaught(self.interrupt(call, use_cache=use_cache))
 
+    @slow
     def test_caught(self):
         for ending in ("", "    sys.exit(3)"):
             for name, call in {**CALLS, **GATHERED}.items():

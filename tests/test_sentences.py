@@ -8,6 +8,7 @@ import sys
 import unittest
 
 from tests import rollouts
+from tests.case import slow
 
 split_sentences = rollouts.split_sentences
 
@@ -262,6 +263,7 @@ class Sentences(unittest.TestCase):
         for i in range(len(TRACE)):
             self.assertEqual(split_sentences("".join(TRACE[:i])), list(TRACE[:i]))
 
+    @slow
     def test_a_text_without_end(self) -> None:
         """In linear time: another process does it, and only a quadratic one meets the generous timeout."""
         source = (
