@@ -890,7 +890,7 @@ class Rollouts:
 _SURE_ECHO = 40
 
 # A </think> within quotes or backticks is mentioned, not meant.
-_CLOSING = re.compile(r"(?<!`)</think>(?![`'\"])")
+_CLOSING = re.compile(r"</think>(?<!`</think>)(?![`'\"])")  # a literal in front is fast to find
 # One without a <think> before it closes a thought that the template opened; it has the beginning or
 # the end of a line to itself ("The tag </think> closes a thought." has not).
 _LONE_CLOSING = re.compile(r"(?:\A|\n)[ \t]*</think>|</think>[ \t]*(?=\n|\Z)")
@@ -1554,11 +1554,12 @@ def _wait_of(value: Any, now: float) -> Optional[float]:
     """Seconds to wait by a Retry-After: seconds, a date or a Unix time. *now*: Unix seconds."""
     number = _seconds(value)
     if number is None:
-        date = _date(value)
-        return None if date is None else max(0.0, date - now)
-    if number < _UNIX_TIME:
+        number = _date(value)
+    elif number < _UNIX_TIME:
         return number
-    return max(0.0, (number / 1000 if number >= _UNIX_MILLISECONDS else number) - now)
+    elif number >= _UNIX_MILLISECONDS:
+        number /= 1000
+    return None if number is None else max(0.0, number - now)
 
 
 def _retry_after(
@@ -1609,18 +1610,18 @@ def _why_it_lasts(status: int, error: Mapping[str, Any], words: str, wait: Optio
 
     A stated wait is obeyed even where the message speaks of a daily limit: Groq's waits are short.
     """
-    codes = ("code", "type", "error_code", "status", "status_code", "details")
+    names = ("code", "type", "error_code", "status", "status_code", "details")
     source = _dict(error.get("metadata")).get("limit_source")
-    kinds = " ".join(map(str, (*map(error.get, codes), source)))
+    kinds = " ".join(map(str, (*map(error.get, names), source)))
     if _says(_NO_CREDIT, f"{kinds} {words}") or _says(r"\b1113\b|billing", kinds):  # 1113: z.ai
         return "the account has no quota left: add credit"
-    if (wait or 0) > _LONGEST_WAIT or (
-        status == 429 and _is_daily(kinds, words, wait is not None)
-    ):
-        when = f"the API asks to wait {wait / 60:.0f} minutes" if wait else (
-            "this limit does not lift within minutes")
-        return f"{when}: come back then; what arrived is in the cache"
-    return ""
+    if wait is not None and wait > _LONGEST_WAIT:
+        why = f"the API asks to wait {wait / 60:.0f} minutes"
+    elif status == 429 and _is_daily(kinds, words, wait is not None):
+        why = "this limit does not lift within minutes"
+    else:
+        return ""
+    return f"{why}: come back then; what arrived is in the cache"
 
 
 def _backoff(error: APIError, attempt: int, jitter: float) -> float:
@@ -1682,9 +1683,10 @@ def _failure(
     message = re.sub(r"\s+", " ", message).strip()
     if advice is None:
         advice = _advice_of(api, status, message)
-    cut = message if len(message) <= _MOST_WORDS else message[:_MOST_WORDS] + "…"
+    if len(message) > _MOST_WORDS:
+        message = message[:_MOST_WORDS] + "…"
     return APIError(
-        cut, status=status, provider=api.name, retryable=retryable, retry_after=retry_after,
+        message, status=status, provider=api.name, retryable=retryable, retry_after=retry_after,
         advice=advice)
 
 
@@ -1702,11 +1704,14 @@ def _error_in(data: Any) -> dict[str, Any]:
 
 def _fails(data: Mapping[str, Any]) -> bool:
     """Whether a reply of status 200 says that it failed, in one of the many ways of saying so."""
-    base = _dict(data.get("base_resp")).get("status_code")  # MiniMax's; 0 is good
-    is_bare = not data.get("choices") and "usage" not in data and any(map(data.get, _WORD_FIELDS))
-    return bool(
-        data.get("error") or data.get("errors") or base or data.get("object") == "error"
-        or data.get("success") is False or is_bare)
+    if data.get("error") or data.get("errors"):
+        return True
+    if data.get("object") == "error" or data.get("success") is False:
+        return True
+    if _dict(data.get("base_resp")).get("status_code"):  # MiniMax's; 0 is good
+        return True
+    is_empty = not data.get("choices") and "usage" not in data
+    return is_empty and any(map(data.get, _WORD_FIELDS))
 
 
 def _said(value: Any) -> str:
@@ -1875,14 +1880,6 @@ def _events(text: str) -> Iterator[Any]:
             name, data = "", []
 
 
-def _joined(pieces: Sequence[Any]) -> Any:
-    """The pieces of a streamed field in one: texts joined, unless one of them is a list."""
-    if all(isinstance(piece, str) for piece in pieces):
-        return _json_copy("".join(pieces))  # which mends an emoji that came in two halves
-    lists = [piece if isinstance(piece, list) else [piece] for piece in pieces]
-    return list(itertools.chain.from_iterable(lists))
-
-
 def _message_in(choice: Mapping[str, Any]) -> Optional[dict[str, Any]]:
     """The message of a choice, or the piece of one; raw completions have a text in its place."""
     if isinstance(choice.get("text"), str):
@@ -1892,13 +1889,20 @@ def _message_in(choice: Mapping[str, Any]) -> Optional[dict[str, Any]]:
 
 
 def _message_of(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The message that the choices of a stream amount to."""
+    """The message that the choices of a stream amount to: its texts, and its lists, joined."""
     pieces: dict[str, list[Any]] = {}
     for message in filter(None, map(_message_in, parts)):
         for name, value in message.items():
-            if isinstance(value, (str, list)):
+            if isinstance(value, str):
                 pieces.setdefault(name, []).append(value)
-    return {name: _joined(values) for name, values in pieces.items()}
+            elif isinstance(value, list):
+                pieces.setdefault(name, []).extend(value)
+    joined: dict[str, Any] = {}
+    for name, values in pieces.items():
+        is_text = all(isinstance(value, str) for value in values)
+        # As JSON sees it, an emoji is one that came in two halves.
+        joined[name] = _json_copy("".join(values)) if is_text else values
+    return joined
 
 
 def _assembled(text: str) -> tuple[Any, bool]:
@@ -1950,8 +1954,9 @@ def _usage_of(data: Mapping[str, Any]) -> Usage:
     With a key of one's own (BYOK) OpenRouter's `cost` is its fee alone; what the upstream charged
     stands in cost_details (documented).
     """
-    thoughts = _dict(data.get("completion_tokens_details")).get("reasoning_tokens")
-    cached = _dict(data.get("prompt_tokens_details")).get("cached_tokens")
+    of_prompt = _dict(data.get("prompt_tokens_details"))
+    of_completion = _dict(data.get("completion_tokens_details"))
+    cached = of_prompt.get("cached_tokens")
     for name in ("prompt_cache_hit_tokens", "cache_read_input_tokens", "cached_tokens"):
         cached = cached or data.get(name)
     prompt = _count(data.get("prompt_tokens") or data.get("input_tokens"))
@@ -1959,8 +1964,10 @@ def _usage_of(data: Mapping[str, Any]) -> Usage:
     total = _count(data.get("total_tokens")) or prompt + completion
     cost = _seconds(data.get("cost")) or 0.0
     if data.get("is_byok"):
-        cost += _seconds(_dict(data.get("cost_details")).get("upstream_inference_cost")) or 0.0
-    return Usage(prompt, completion, total, _count(thoughts), _count(cached), cost)
+        details = _dict(data.get("cost_details"))
+        cost += _seconds(details.get("upstream_inference_cost")) or 0.0
+    thoughts = _count(of_completion.get("reasoning_tokens"))
+    return Usage(prompt, completion, total, thoughts, _count(cached), cost)
 
 
 def _why_not_whole(response: Response) -> str:
