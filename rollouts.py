@@ -1039,33 +1039,22 @@ def _after_echo(text: str, echo: str, echoes: bool) -> str:
     return text[match.end():] if match else text
 
 
-def _read_forced(field: str, content: str, injection: _Injection, echoes: bool) -> str:
-    """What goes on with a forced answer: all that came but the echo, in whichever field it came."""
-    thought = injection.thought or ""
-    rest = _after_echo(content, injection.text, echoes)
-    if rest == content:
-        is_sure = echoes or len(thought) >= _SURE_ECHO
-        if is_sure and field.strip() == thought.strip():  # the echo was split at its tag
-            field, echoes = "", True
-        rest = _after_echo(content, injection.answer, echoes)
-    return "".join(filter(str.strip, (field, rest))) or rest
-
-
 def _without_echo(
     field: Optional[str], content: str, injection: _Injection, echoes: bool
 ) -> tuple[Optional[str], str]:
-    """(field, content) without the injected text, which at most one of them repeats."""
-    rest = _after_echo(content, injection.text, echoes)
-    if rest != content or not injection.is_open:
+    """A message's (thought, content) without the injected text."""
+    thought, rest = injection.thought, _after_echo(content, injection.text, echoes)
+    if rest != content or thought is None:
         return field, rest
-    thought = injection.thought or ""
-    if field and echoes and not thought.strip():
-        return field.removeprefix("\n"), content  # it opened the empty thought
     if field:
-        continuation = _after_echo(field, thought, echoes)
-        if continuation != field:
-            return continuation, content
-    return field, _after_echo(content, thought, echoes)
+        is_empty = echoes and not thought.strip()  # a line break opens it
+        begun = field.removeprefix("\n") if is_empty else _after_echo(field, thought, echoes)
+        if begun != field and injection.is_open:
+            return begun, content
+        if begun != field and not begun.strip():  # the echo was split at its tag
+            field, echoes = None, True
+    following = thought if injection.is_open else injection.answer
+    return field, _after_echo(content, following, echoes)
 
 
 def _is_in_code(text: str, end: int) -> bool:
@@ -1140,9 +1129,10 @@ def _read_message(
     thoughts.
     """
     field, given = _fields_of(message)
-    if injection.thought is not None and not injection.is_open:
-        return None, _read_forced(field or "", given, injection, echoes), True
     field, content = _without_echo(field, given, injection, echoes)
+    if injection.thought is not None and not injection.is_open:
+        # All that came goes on with the forced answer, also where a parser took it for a thought.
+        return None, "".join(filter(str.strip, (field or "", content))) or content, True
     if field and field.strip():
         thought, content, is_closed = _read_field(field, content)
         is_closed = is_closed or bool(message.get("tool_calls"))
@@ -1658,8 +1648,7 @@ _ADVICE = (  # (pattern of the status, what the API's words hold, advice): the f
     ("404", "", "check the model's id, base_url, and what the provider routing leaves over"),
     ("407", "", _PROXY_ADVICE),
     ("413", "", "shorten the prompt"),
-    ("422", "",
-     "a field of the request is not known here or out of range: see the API's words"),
+    ("422", "", "a field of the request is not known here or out of range: see the API's words"),
     ("429", "", "lower requests_per_minute or max_concurrency, or try again later"),
 )
 
@@ -1772,44 +1761,41 @@ class _Cause(NamedTuple):
 
     kind: Any
     sign: str = ""
-    words: str = "{error.__class__.__name__}: {error}"
-    is_retryable: bool = True
     advice: str = "check the network, base_url and HTTPS_PROXY"
+    is_retryable: bool = True
+    words: str = "{error.__class__.__name__}: {error}"
 
 
 _CAUSES = (  # the first that fits
     _Cause(
-        ssl.SSLError, "WRONG_VERSION_NUMBER|HTTP_REQUEST", is_retryable=False,
-        advice="nothing speaks TLS at this port: does base_url begin with http://?"),
+        ssl.SSLError, "WRONG_VERSION_NUMBER|HTTP_REQUEST",
+        "nothing speaks TLS at this port: does base_url begin with http://?", False),
     # What VERIFY_X509_STRICT, on from Python 3.13, asks of certificates that are trusted.
     _Cause(
         ssl.SSLCertVerificationError, "(?i)Key Identifier|Basic Constraints|key usage|critical",
-        is_retryable=False,
-        advice="a certificate of the chain lacks what Python 3.13 asks for (RFC 5280, "
-        "VERIFY_X509_STRICT): have it reissued, or run an earlier Python"),
+        "a certificate of the chain lacks what Python 3.13 asks for (RFC 5280, "
+        "VERIFY_X509_STRICT): have it reissued, or run an earlier Python", False),
     _Cause(
-        ssl.SSLCertVerificationError, is_retryable=False,
-        advice="the certificate is not trusted: point SSL_CERT_FILE to your organisation's "
-        "certificates; with python.org's build on macOS run 'Install Certificates.command' once"),
+        ssl.SSLCertVerificationError, "",
+        "the certificate is not trusted: point SSL_CERT_FILE to your organisation's certificates; "
+        "with python.org's build on macOS run 'Install Certificates.command' once", False),
     # The deadline. Where keepalive gave up, an errno stands in front of the words.
     _Cause(
-        (TimeoutError, socket.timeout), r"\A(?!\[)", "no complete reply within {timeout:g} s",
-        advice="raise timeout=…, or ask for fewer max_tokens"),
+        (TimeoutError, socket.timeout), r"\A(?!\[)",
+        "raise timeout=…, or ask for fewer max_tokens",
+        words="no complete reply within {timeout:g} s"),
     _Cause(
         socket.gaierror,
         words="the name in {api.base_url}, or of a proxy, was not resolved: {error}"),
     _Cause(http.client.IncompleteRead, words="the reply broke off"),
     _Cause(
-        ConnectionRefusedError, words="{api.base_url} refused the connection",
-        advice="is the server running there, and the proxy, if HTTP(S)_PROXY names one?"),
-    _Cause(OSError, "Tunnel connection failed: 407", is_retryable=False, advice=_PROXY_ADVICE),
-    _Cause(
-        OSError, "Tunnel connection failed: [1-4]", is_retryable=False,
-        advice="check HTTPS_PROXY and NO_PROXY"),
-    _Cause(_TooLong, words="{error}", advice="ask for fewer max_tokens"),
-    _Cause(
-        _SocksProxy, words="{error}", is_retryable=False,
-        advice="name an HTTP proxy, or set NO_PROXY"),
+        ConnectionRefusedError, "",
+        "is the server running there, and the proxy, if HTTP(S)_PROXY names one?",
+        words="{api.base_url} refused the connection"),
+    _Cause(OSError, "Tunnel connection failed: 407", _PROXY_ADVICE, False),
+    _Cause(OSError, "Tunnel connection failed: [1-4]", "check HTTPS_PROXY and NO_PROXY", False),
+    _Cause(_TooLong, "", "ask for fewer max_tokens", words="{error}"),
+    _Cause(_SocksProxy, "", "name an HTTP proxy, or set NO_PROXY", False, "{error}"),
     _Cause(Exception),
 )
 
@@ -1819,7 +1805,7 @@ def _connection_error(api: _Api, error: Exception, timeout: float) -> APIError:
     said = str(error)
     fitting = (
         each for each in _CAUSES if isinstance(error, each.kind) and re.search(each.sign, said))
-    _, _, words, is_retryable, advice = next(fitting)
+    _, _, advice, is_retryable, words = next(fitting)
     if _is_scarcity(error):
         advice = "too many open files: raise 'ulimit -n', or lower max_concurrency"
     words = words.format(error=error, api=api, timeout=timeout)
@@ -2010,10 +1996,9 @@ def _read_choice(
     """What _read_reply returns, from the *whole* JSON of a reply that came to its end."""
     data = _dict(_first(whole))
     choice = _dict(_first(data.get("choices")))
-    if _fails(data):  # counts even where a choice that looks good stands beside it
-        raise _refusal(api, body, data)
-    if choice.get("error"):
-        raise _refusal(api, body, {"error": choice["error"]})
+    error = choice.get("error")
+    if error or _fails(data):  # even where a choice that looks good stands beside it
+        raise _refusal(api, body, {"error": error} if error else data)
     message = _message_in(choice)
     if message is None:
         words = _words_of(_error_in(whole), whole)
@@ -2052,19 +2037,15 @@ def _read_reply(
 
     APIError, or what broke the reply off, where there is no whole answer in it.
     """
-    data: Any = None
-    is_whole, problem = False, None
+    data, is_whole, problem = None, False, None
+    is_good = 200 <= body.status < 300
     content = _unpacked(body.content, body.headers.get("content-encoding") or "")
     try:
         data, is_whole = _parsed(content)
+        if is_good and is_whole:
+            return _read_choice(api, request, seed, body, data, streamed)
     except (ValueError, RecursionError) as error:
         problem = error
-    is_good = 200 <= body.status < 300
-    if is_good and is_whole:
-        try:
-            return _read_choice(api, request, seed, body, data, streamed)
-        except RecursionError:
-            raise _failure(api, "a reply whose parts are nested too deep", body.status) from None
     is_late = isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong))
     if body.broken is not None and (is_good or is_late):
         raise body.broken
