@@ -894,7 +894,9 @@ _CLOSING = re.compile(r"</think>(?<!`</think>)(?![`'\"])")  # a literal in front
 # One without a <think> before it closes a thought that the template opened; it has the beginning or
 # the end of a line to itself ("The tag </think> closes a thought." has not).
 _LONE_CLOSING = re.compile(r"(?:\A|\n)[ \t]*</think>|</think>[ \t]*(?=\n|\Z)")
-_LEADING_BLOCK = re.compile(r"\s*(?:<think>(.*?)(?:</think>|\Z)|</think>)\s*", re.DOTALL)
+_LEADING_BLOCK = re.compile(r"(?s)\s*(?:<think>(.*?)(?:</think>|\Z)|</think>)\s*")
+
+_Split = tuple[str, str, bool]  # (thought, answer, whether the thought is closed)
 
 
 class _Injection(NamedTuple):
@@ -1057,13 +1059,13 @@ def _without_echo(
     return field, _after_echo(content, following, echoes)
 
 
-def _is_in_code(text: str, end: int) -> bool:
-    """Whether a block of code is open where *text* is cut at *end*."""
-    return text.count("```", 0, end) % 2 == 1
+def _is_in_code(before: str) -> bool:
+    """Whether a block of code is open at the end of *before*."""
+    return before.count("```") % 2 == 1
 
 
-def _split_at_closing(text: str, is_open: bool) -> tuple[str, str, bool]:
-    """(thought, answer, True) at the tag that closes a thought; else (*text*, "", False).
+def _split_at_closing(text: str, is_open: bool) -> _Split:
+    """*text* split at the tag that closes a thought; all of it is a thought where there is none.
 
     A tag in a block of code counts only where nothing else closes a thought that *is_open*: it may
     have left that block open.
@@ -1071,24 +1073,23 @@ def _split_at_closing(text: str, is_open: bool) -> tuple[str, str, bool]:
     pattern = _CLOSING if is_open else _LONE_CLOSING
     matches = list(pattern.finditer(text))
     within = matches[0] if matches and is_open else None
-    outside = (match for match in matches if not _is_in_code(text, match.start()))
+    outside = (match for match in matches if not _is_in_code(text[:match.start()]))
     match = next(outside, within)
     if match is None:
         return text, "", False
     return text[:match.start()], text[match.end():].lstrip(), True
 
 
-def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
-    """*text* as (thought, answer, whether the thought is closed); None where no tag counts.
+def _split_at_tags(text: str, is_open: bool) -> Optional[_Split]:
+    """*text* split at its tags; None where none counts. *is_open*: the thought was open before.
 
-    A block counts at the beginning, or after a preamble that ends in a line break. *is_open*: the
-    thought was open before.
+    A block counts at the beginning, or after a preamble that ends in a line break.
     """
     if "think>" not in text:
         return None
     preamble, tag, inside = text.partition("<think>")
     ends_in_line = preamble.rstrip(" \t").endswith("\n")
-    is_apart = ends_in_line and not is_open and not _is_in_code(preamble, len(preamble))
+    is_apart = ends_in_line and not is_open and not _is_in_code(preamble)
     if tag and (is_apart or not preamble.strip()):
         thought, answer, is_closed = _split_at_closing(inside, True)
         begun = preamble.lstrip() if is_closed else preamble.strip()
@@ -1099,8 +1100,8 @@ def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
     return thought, answer, True
 
 
-def _read_field(thought: str, content: str) -> tuple[str, str, bool]:
-    """(thought, content, whether the thought is closed), for a thought in its own field.
+def _read_field(thought: str, content: str) -> _Split:
+    """*thought*, which came in a field of its own, and the answer in *content*.
 
     Of the content nothing but a leading block or tag is cut: llama.cpp's "deepseek-legacy" gives
     the thought twice, in its field and in the content.
@@ -1909,8 +1910,8 @@ def _assembled(text: str) -> tuple[Any, bool]:
     failed = next(filter(_fails, events), None)
     if failed is not None:
         return failed, True
-    lists = [event["choices"] for event in events if isinstance(event.get("choices"), list)]
-    parts = [_dict(part) for part in itertools.chain.from_iterable(lists)]
+    lists = (event.get("choices") for event in events)
+    parts = [_dict(part) for each in lists if isinstance(each, list) for part in each]
     parts = [part for part in parts if not part.get("index")]
     choice = {
         name: part[name]
