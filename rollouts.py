@@ -935,11 +935,13 @@ class Rollouts(_Record):
 _SURE_ECHO = 40
 
 # A </think> within quotes or backticks is mentioned, not meant.
-_CLOSING = re.compile(r"(?<!`)</think>(?![`'\"])")
+_CLOSING = re.compile(r"</think>(?<!`</think>)(?![`'\"])")  # a literal in front is fast to find
 # One without a <think> before it closes a thought that the template opened; it has the beginning or
 # the end of a line to itself ("The tag </think> closes a thought." has not).
 _LONE_CLOSING = re.compile(r"(?:\A|\n)[ \t]*</think>|</think>[ \t]*(?=\n|\Z)")
-_LEADING_BLOCK = re.compile(r"\s*(?:<think>(.*?)(?:</think>|\Z)|</think>)\s*", re.DOTALL)
+_LEADING_BLOCK = re.compile(r"(?s)\s*(?:<think>(.*?)(?:</think>|\Z)|</think>)\s*")
+
+_Split = tuple[str, str, bool]  # (thought, answer, whether the thought is closed)
 
 
 class _Injection(NamedTuple):
@@ -964,7 +966,7 @@ def _is_thought(part: Any) -> bool:
 
 
 def _text_of(content: Any) -> str:
-    """The text of *content*: a str, nothing, or a list of parts; without parts that are thoughts."""
+    """The text of *content*: a str, nothing, or a list of parts, of which thoughts are left out."""
     if isinstance(content, list):
         return "".join(
             _text_of(part.get("text") if isinstance(part, dict) else part)
@@ -972,12 +974,14 @@ def _text_of(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _thought_in(parts: list[Any]) -> str:
-    """The text of thoughts that come as a list; the name of its field differs."""
-    fields = (
+def _thought_in(parts: Any) -> Optional[str]:
+    """The text of a list of thoughts, which the parts have under one of three names; else None."""
+    if not isinstance(parts, list) or not parts:
+        return None
+    texts = (
         part.get("thinking") or part.get("text") or part.get("summary")
         for part in map(_dict, parts))
-    return "".join(map(_text_of, fields))
+    return "".join(map(_text_of, texts))
 
 
 def _fields_of(message: Mapping[str, Any]) -> tuple[Optional[str], str]:
@@ -986,15 +990,16 @@ def _fields_of(message: Mapping[str, Any]) -> tuple[Optional[str], str]:
     A thought comes under one of two names, as parts of the content, or as OpenRouter's details. A
     blank one hides no other.
     """
-    content, details = message.get("content"), message.get("reasoning_details")
-    candidates = [message.get("reasoning_content"), message.get("reasoning")]
-    if isinstance(content, list):
-        thoughts = list(filter(_is_thought, content))
-        candidates.append(_thought_in(thoughts) if thoughts else None)
-    if isinstance(details, list) and details:
-        candidates.append(_thought_in(details))
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    candidates = (
+        message.get("reasoning_content"),
+        message.get("reasoning"),
+        _thought_in(list(filter(_is_thought, parts))),
+        _thought_in(message.get("reasoning_details")))
     texts = [text for text in candidates if isinstance(text, str)]
-    thought = next((text for text in texts if text.strip()), texts[0] if texts else None)
+    first = texts[0] if texts else None
+    thought = next((text for text in texts if text.strip()), first)
     return thought, _text_of(content) or _text_of(message.get("refusal"))
 
 
@@ -1043,7 +1048,7 @@ def _with_prefill(message: dict[str, Any], injection: _Injection, way: _Prefill)
         message["content"] = _text_of(content)  # llama.cpp joins parts with two line breaks
     before, tag, _ = injection.text.rpartition("<think>")
     is_one_thought = tag and not before.strip()
-    if not (way.thought and is_one_thought and message.get("content") == injection.text):
+    if not (way.thought and is_one_thought) or message.get("content") != injection.text:
         return message
     thought = (injection.thought or "").removeprefix("\n")
     answer: Any = injection.answer.lstrip("\n")
@@ -1081,60 +1086,56 @@ def _after_echo(text: str, echo: str, echoes: bool) -> str:
     return text[match.end():] if match else text
 
 
-def _read_forced(field: str, content: str, injection: _Injection, echoes: bool) -> str:
-    """What goes on with a forced answer: all that came but the echo, in whichever field it came."""
-    thought = injection.thought or ""
-    rest = _after_echo(content, injection.text, echoes)
-    if rest == content:
-        is_sure = echoes or len(thought) >= _SURE_ECHO
-        if is_sure and field.strip() == thought.strip():  # the echo was split at its tag
-            field, echoes = "", True
-        rest = _after_echo(content, injection.answer, echoes)
-    return "".join(filter(str.strip, (field, rest))) or rest
-
-
 def _without_echo(
     field: Optional[str], content: str, injection: _Injection, echoes: bool
 ) -> tuple[Optional[str], str]:
-    """(field, content) without the injected text, which at most one of them repeats."""
-    rest = _after_echo(content, injection.text, echoes)
-    if rest != content or not injection.is_open:
+    """A message's (thought, content) without the injected text."""
+    thought, rest = injection.thought, _after_echo(content, injection.text, echoes)
+    if rest != content or thought is None:
         return field, rest
-    thought = injection.thought or ""
-    if field and echoes and not thought.strip():
-        return field.removeprefix("\n"), content  # it opened the empty thought
     if field:
-        continuation = _after_echo(field, thought, echoes)
-        if continuation != field:
-            return continuation, content
-    return field, _after_echo(content, thought, echoes)
+        is_empty = echoes and not thought.strip()  # a line break opens it
+        begun = field.removeprefix("\n") if is_empty else _after_echo(field, thought, echoes)
+        if begun != field and injection.is_open:
+            return begun, content
+        if begun != field and not begun.strip():  # the echo was split at its tag
+            field, echoes = None, True
+    following = thought if injection.is_open else injection.answer
+    return field, _after_echo(content, following, echoes)
 
 
-def _split_at_closing(text: str, is_open: bool) -> tuple[str, str, bool]:
-    """(thought, answer, True) at the tag that closes a thought; else (*text*, "", False).
+def _is_in_code(before: str) -> bool:
+    """Whether a block of code is open at the end of *before*."""
+    return before.count("```") % 2 == 1
+
+
+def _split_at_closing(text: str, is_open: bool) -> _Split:
+    """*text* split at the tag that closes a thought; all of it is a thought where there is none.
 
     A tag in a block of code counts only where nothing else closes a thought that *is_open*: it may
     have left that block open.
     """
-    matches = list((_CLOSING if is_open else _LONE_CLOSING).finditer(text))
-    outside = (match for match in matches if text.count("```", 0, match.start()) % 2 == 0)
-    match = next(outside, matches[0] if matches and is_open else None)
+    pattern = _CLOSING if is_open else _LONE_CLOSING
+    matches = list(pattern.finditer(text))
+    within = matches[0] if matches and is_open else None
+    outside = (match for match in matches if not _is_in_code(text[:match.start()]))
+    match = next(outside, within)
     if match is None:
         return text, "", False
     return text[:match.start()], text[match.end():].lstrip(), True
 
 
-def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
-    """*text* as (thought, answer, whether the thought is closed); None where no tag counts.
+def _split_at_tags(text: str, is_open: bool) -> Optional[_Split]:
+    """*text* split at its tags; None where none counts. *is_open*: the thought was open before.
 
-    A block counts at the beginning, or after a preamble that ends in a line break. *is_open*: the
-    thought was open before.
+    A block counts at the beginning, or after a preamble that ends in a line break.
     """
     if "think>" not in text:
         return None
     preamble, tag, inside = text.partition("<think>")
-    is_apart = preamble.rstrip(" \t").endswith("\n") and preamble.count("```") % 2 == 0
-    if tag and (not preamble.strip() or (is_apart and not is_open)):
+    ends_in_line = preamble.rstrip(" \t").endswith("\n")
+    is_apart = ends_in_line and not is_open and not _is_in_code(preamble)
+    if tag and (is_apart or not preamble.strip()):
         thought, answer, is_closed = _split_at_closing(inside, True)
         begun = preamble.lstrip() if is_closed else preamble.strip()
         return thought.lstrip(), begun + answer, is_closed
@@ -1144,8 +1145,8 @@ def _split_at_tags(text: str, is_open: bool) -> Optional[tuple[str, str, bool]]:
     return thought, answer, True
 
 
-def _read_field(thought: str, content: str) -> tuple[str, str, bool]:
-    """(thought, content, whether the thought is closed), for a thought in its own field.
+def _read_field(thought: str, content: str) -> _Split:
+    """*thought*, which came in a field of its own, and the answer in *content*.
 
     Of the content nothing but a leading block or tag is cut: llama.cpp's "deepseek-legacy" gives
     the thought twice, in its field and in the content.
@@ -1164,18 +1165,20 @@ def _read_field(thought: str, content: str) -> tuple[str, str, bool]:
 
 
 def _read_message(
-    message: Mapping[str, Any], injection: _Injection, echoes: bool
-) -> tuple[Optional[str], str, Optional[bool]]:
+    message: Mapping[str, Any], injection: _Injection, echoes: bool,
+    is_answer: Callable[[str, bool], bool],
+) -> tuple[Optional[str], str, bool]:
     """A reply's (reasoning, content, completed_reasoning), whatever the server made of it.
 
-    *echoes*: the server repeats what was injected. completed_reasoning is None where nothing in the
-    message tells whether its content, without tags, goes on with an open thought or is the answer
-    already; its reasoning is '' then if it has a field for one.
+    *echoes*: the server repeats what was injected. *is_answer* judges a content without tags after
+    an open thought, which may go on with it, by the content and whether the message has a field for
+    thoughts.
     """
     field, given = _fields_of(message)
-    if injection.thought is not None and not injection.is_open:
-        return None, _read_forced(field or "", given, injection, echoes), True
     field, content = _without_echo(field, given, injection, echoes)
+    if injection.thought is not None and not injection.is_open:
+        # All that came goes on with the forced answer, also where a parser took it for a thought.
+        return None, "".join(filter(str.strip, (field or "", content))) or content, True
     if field and field.strip():
         thought, content, is_closed = _read_field(field, content)
         is_closed = is_closed or bool(message.get("tool_calls"))
@@ -1183,10 +1186,10 @@ def _read_message(
         thought, content, is_closed = split
     elif not injection.is_open:
         return None, content.lstrip() if field else content, True
-    elif content != given:
-        return content, "", False  # it goes on with the text that it repeats
+    elif content == given and is_answer(content, field is not None):
+        return "", content.lstrip(), True
     else:
-        return None if field is None else "", content, None
+        return content, "", False
     if not injection.text:
         thought = thought.lstrip()
     if is_closed:
@@ -1596,11 +1599,12 @@ def _wait_of(value: Any, now: float) -> Optional[float]:
     """Seconds to wait by a Retry-After: seconds, a date or a Unix time. *now*: Unix seconds."""
     number = _seconds(value)
     if number is None:
-        date = _date(value)
-        return None if date is None else max(0.0, date - now)
-    if number < _UNIX_TIME:
+        number = _date(value)
+    elif number < _UNIX_TIME:
         return number
-    return max(0.0, (number / 1000 if number >= _UNIX_MILLISECONDS else number) - now)
+    elif number >= _UNIX_MILLISECONDS:
+        number /= 1000
+    return None if number is None else max(0.0, number - now)
 
 
 def _retry_after(
@@ -1614,17 +1618,19 @@ def _retry_after(
     """
     metadata = _dict(error.get("metadata"))
     now = _date(headers.get("date")) or time.time()
+    fields = itertools.chain(
+        headers.items(),
+        metadata.items(),
+        _dict(metadata.get("headers")).items(),
+        _dict(error.get("availability")).items())
     waits = []
-    for source in (
-        headers, _dict(metadata.get("headers")), metadata, _dict(error.get("availability"))
-    ):
-        for name, value in source.items():
-            name = str(name).lower()
-            is_reset = name == "x-ratelimit-reset" and (_seconds(value) or 0) >= _UNIX_TIME
-            if name in _WAIT_FIELDS or (is_reset and status == 429):
-                waits.append(_wait_of(value, now))
-            elif name == "retry-after-ms":
-                waits.append(_seconds(value, 0.001))
+    for name, value in fields:
+        name = str(name).lower()
+        is_time = (_seconds(value) or 0) >= _UNIX_TIME
+        if name == "retry-after-ms":
+            waits.append(_seconds(value, 0.001))
+        elif name in _WAIT_FIELDS or (name == "x-ratelimit-reset" and status == 429 and is_time):
+            waits.append(_wait_of(value, now))
     return max((wait for wait in waits if wait is not None), default=None)
 
 
@@ -1649,18 +1655,18 @@ def _why_it_lasts(status: int, error: Mapping[str, Any], words: str, wait: Optio
 
     A stated wait is obeyed even where the message speaks of a daily limit: Groq's waits are short.
     """
-    codes = ("code", "type", "error_code", "status", "status_code", "details")
+    names = ("code", "type", "error_code", "status", "status_code", "details")
     source = _dict(error.get("metadata")).get("limit_source")
-    kinds = " ".join(map(str, (*map(error.get, codes), source)))
+    kinds = " ".join(map(str, (*map(error.get, names), source)))
     if _says(_NO_CREDIT, f"{kinds} {words}") or _says(r"\b1113\b|billing", kinds):  # 1113: z.ai
         return "the account has no quota left: add credit"
-    if (wait or 0) > _LONGEST_WAIT or (
-        status == 429 and _is_daily(kinds, words, wait is not None)
-    ):
-        when = f"the API asks to wait {wait / 60:.0f} minutes" if wait else (
-            "this limit does not lift within minutes")
-        return f"{when}: come back then; what arrived is in the cache"
-    return ""
+    if wait is not None and wait > _LONGEST_WAIT:
+        why = f"the API asks to wait {wait / 60:.0f} minutes"
+    elif status == 429 and _is_daily(kinds, words, wait is not None):
+        why = "this limit does not lift within minutes"
+    else:
+        return ""
+    return f"{why}: come back then; what arrived is in the cache"
 
 
 def _backoff(error: APIError, attempt: int, jitter: float) -> float:
@@ -1681,12 +1687,8 @@ _FAILURES = ("error", "network_error", "insufficient_system_resource", "abort") 
 _WORD_FIELDS = (  # where APIs put their words
     "error", "errors", "title", "message", "msg", "status_msg", "detail", "error_description",
     "error_message", "error_msg", "html-message", "reason", "description")
-_PIECES = (  # of a streamed message, what comes in pieces
-    "content", "reasoning", "reasoning_content", "reasoning_details", "refusal", "tool_calls")
-
-# (pattern of the status, what the API's words hold, advice): the first that fits.
 _PROXY_ADVICE = "give the proxy its user and password: HTTPS_PROXY=http://user:password@host:port"
-_ADVICE = (
+_ADVICE = (  # (pattern of the status, what the API's words hold, advice): the first that fits
     ("3..", "", "redirects are not followed: set base_url to the address that answers"),
     ("400", "not appear in the chat",
      "the server's chat template drops or rewrites a part of the injected text: start the server "
@@ -1701,8 +1703,7 @@ _ADVICE = (
     ("404", "", "check the model's id, base_url, and what the provider routing leaves over"),
     ("407", "", _PROXY_ADVICE),
     ("413", "", "shorten the prompt"),
-    ("422", "",
-     "a field of the request is not known here or out of range: see the API's words"),
+    ("422", "", "a field of the request is not known here or out of range: see the API's words"),
     ("429", "", "lower requests_per_minute or max_concurrency, or try again later"),
 )
 
@@ -1726,9 +1727,10 @@ def _failure(
     message = re.sub(r"\s+", " ", message).strip()
     if advice is None:
         advice = _advice_of(api, status, message)
-    cut = message if len(message) <= _MOST_WORDS else message[:_MOST_WORDS] + "…"
+    if len(message) > _MOST_WORDS:
+        message = message[:_MOST_WORDS] + "…"
     return APIError(
-        cut, status=status, provider=api.name, retryable=retryable, retry_after=retry_after,
+        message, status=status, provider=api.name, retryable=retryable, retry_after=retry_after,
         advice=advice)
 
 
@@ -1746,11 +1748,14 @@ def _error_in(data: Any) -> dict[str, Any]:
 
 def _fails(data: Mapping[str, Any]) -> bool:
     """Whether a reply of status 200 says that it failed, in one of the many ways of saying so."""
-    base = _dict(data.get("base_resp")).get("status_code")  # MiniMax's; 0 is good
-    is_bare = not data.get("choices") and "usage" not in data and any(map(data.get, _WORD_FIELDS))
-    return bool(
-        data.get("error") or data.get("errors") or base or data.get("object") == "error"
-        or data.get("success") is False or is_bare)
+    if data.get("error") or data.get("errors"):
+        return True
+    if data.get("object") == "error" or data.get("success") is False:
+        return True
+    if _dict(data.get("base_resp")).get("status_code"):  # MiniMax's; 0 is good
+        return True
+    is_empty = not data.get("choices") and "usage" not in data
+    return is_empty and any(map(data.get, _WORD_FIELDS))
 
 
 def _said(value: Any) -> str:
@@ -1768,12 +1773,11 @@ def _words_of(error: Mapping[str, Any], whole: Any) -> str:
 
 
 def _plain_text(page: str) -> str:
-    """The words of an HTML page: its title, unless that stands in its body too, and its body."""
-    page = page[:20_000]
-    title = re.search(r"<title\b[^>]*>(.*?)</title>", page, re.S | re.I)
-    body = re.sub(r"<(style|script|title)\b.*?</\1>|<[^>]*>", " ", page, flags=re.S | re.I)
-    texts = [" ".join(text.split()) for text in (title[1] if title else "", body)]
-    return "an HTML page: " + (texts[1] if texts[0] in texts[1] else ": ".join(filter(None, texts)))
+    """The words of an HTML page, those that its title and its body share but once."""
+    tags = r"(?is)<(?:style|script)\b.*?</(?:style|script)>|<[^>]*>"
+    texts = re.split(tags, page[:20_000])
+    words = dict.fromkeys(" ".join(text.split()) for text in texts)
+    return "an HTML page: " + " ".join(filter(None, words))
 
 
 class _Body(NamedTuple):
@@ -1808,68 +1812,59 @@ def _refusal(api: _Api, body: _Body, data: Any) -> APIError:
 
 
 class _Cause(NamedTuple):
-    """What an exception on the way to a reply means: of this *kind*, its words match *sign*."""
+    """What an exception of a *kind* means whose words match *sign*."""
 
     kind: Any
     sign: str = ""
-    words: str = "{kind}: {error}"
+    advice: str = "check the network, base_url and HTTPS_PROXY"
     is_retryable: bool = True
-    advice: str = "check the connection, or base_url"
+    words: str = "{error.__class__.__name__}: {error}"
 
 
 _CAUSES = (  # the first that fits
     _Cause(
-        ssl.SSLError, "WRONG_VERSION_NUMBER|HTTP_REQUEST", is_retryable=False,
-        advice="nothing speaks TLS at this port: does base_url begin with http://?"),
+        ssl.SSLError, "WRONG_VERSION_NUMBER|HTTP_REQUEST",
+        "nothing speaks TLS at this port: does base_url begin with http://?", False),
     # What VERIFY_X509_STRICT, on from Python 3.13, asks of certificates that are trusted.
     _Cause(
         ssl.SSLCertVerificationError, "(?i)Key Identifier|Basic Constraints|key usage|critical",
-        is_retryable=False,
-        advice="a certificate of the chain lacks what Python 3.13 asks for (RFC 5280, "
-        "VERIFY_X509_STRICT): have it reissued, or run an earlier Python"),
+        "a certificate of the chain lacks what Python 3.13 asks for (RFC 5280, "
+        "VERIFY_X509_STRICT): have it reissued, or run an earlier Python", False),
     _Cause(
-        ssl.SSLCertVerificationError, is_retryable=False,
-        advice="the certificate is not trusted: point SSL_CERT_FILE to your organisation's "
-        "certificates; with python.org's build on macOS run 'Install Certificates.command' once"),
-    _Cause(ssl.SSLError),
-    # The deadline; where keepalive gave up, an errno stands in front.
+        ssl.SSLCertVerificationError, "",
+        "the certificate is not trusted: point SSL_CERT_FILE to your organisation's certificates; "
+        "with python.org's build on macOS run 'Install Certificates.command' once", False),
+    # The deadline. Where keepalive gave up, an errno stands in front of the words.
     _Cause(
-        (TimeoutError, socket.timeout), r"\A(?!\[)", "no complete reply within {timeout:g} s",
-        advice="raise timeout=…, or ask for fewer max_tokens"),
+        (TimeoutError, socket.timeout), r"\A(?!\[)",
+        "raise timeout=…, or ask for fewer max_tokens",
+        words="no complete reply within {timeout:g} s"),
     _Cause(
-        socket.gaierror, words="the name of {host} (or of a proxy) was not resolved: {error}",
-        advice="check the network, base_url and HTTPS_PROXY"),
+        socket.gaierror,
+        words="the name in {api.base_url}, or of a proxy, was not resolved: {error}"),
     _Cause(http.client.IncompleteRead, words="the reply broke off"),
     _Cause(
-        ConnectionRefusedError, words="{base_url} refused the connection",
-        advice="is the server running there, and the proxy, if HTTP(S)_PROXY names one?"),
-    _Cause(
-        OSError, "Tunnel connection failed: 407", is_retryable=False, advice=_PROXY_ADVICE),
-    _Cause(
-        OSError, "Tunnel connection failed: [5-9]", advice="check HTTPS_PROXY and NO_PROXY"),
-    _Cause(
-        OSError, "Tunnel connection failed", is_retryable=False,
-        advice="check HTTPS_PROXY and NO_PROXY"),
-    _Cause(_TooLong, words="{error}", advice="ask for fewer max_tokens"),
-    _Cause(
-        _SocksProxy, words="{error}", is_retryable=False,
-        advice="name an HTTP proxy, or set NO_PROXY"),
+        ConnectionRefusedError, "",
+        "is the server running there, and the proxy, if HTTP(S)_PROXY names one?",
+        words="{api.base_url} refused the connection"),
+    _Cause(OSError, "Tunnel connection failed: 407", _PROXY_ADVICE, False),
+    _Cause(OSError, "Tunnel connection failed: [1-4]", "check HTTPS_PROXY and NO_PROXY", False),
+    _Cause(_TooLong, "", "ask for fewer max_tokens", words="{error}"),
+    _Cause(_SocksProxy, "", "name an HTTP proxy, or set NO_PROXY", False, "{error}"),
     _Cause(Exception),
 )
 
 
 def _connection_error(api: _Api, error: Exception, timeout: float) -> APIError:
     """The APIError for an exception on the way to a reply."""
-    cause = next(
-        each for each in _CAUSES
-        if isinstance(error, each.kind) and re.search(each.sign, str(error)))
-    words = cause.words.format(
-        kind=type(error).__name__, error=error, timeout=timeout, base_url=api.base_url,
-        host=urllib.parse.urlsplit(api.base_url).hostname)
-    advice = cause.advice
+    said = str(error)
+    fitting = (
+        each for each in _CAUSES if isinstance(error, each.kind) and re.search(each.sign, said))
+    _, _, advice, is_retryable, words = next(fitting)
     if _is_scarcity(error):
         advice = "too many open files: raise 'ulimit -n', or lower max_concurrency"
-    failure = _failure(api, words, None, cause.is_retryable, None, advice)
+    words = words.format(error=error, api=api, timeout=timeout)
+    failure = _failure(api, words, retryable=is_retryable, advice=advice)
     error.__context__ = None
     if not api.key or api.key not in repr((error, error.args, vars(error))):
         failure.__cause__ = error.with_traceback(None)
@@ -1926,24 +1921,29 @@ def _events(text: str) -> Iterator[Any]:
             name, data = "", []
 
 
-def _joined(pieces: Sequence[Any]) -> Any:
-    """The pieces of a streamed field in one: texts joined, unless one of them is a list."""
-    if all(isinstance(piece, str) for piece in pieces):
-        text = "".join(pieces)
-        return re.sub(  # an emoji may be split over two events
-            "[\ud800-\udbff][\udc00-\udfff]",
-            lambda pair: chr(0x10000 + (ord(pair[0][0]) - 0xd800 << 10) + ord(pair[0][1]) - 0xdc00),
-            text)
-    lists = [piece if isinstance(piece, list) else [piece] for piece in pieces]
-    return list(itertools.chain.from_iterable(lists))
-
-
 def _message_in(choice: Mapping[str, Any]) -> Optional[dict[str, Any]]:
     """The message of a choice, or the piece of one; raw completions have a text in its place."""
     if isinstance(choice.get("text"), str):
         return {"content": choice["text"]}
     message = choice.get("delta") or choice.get("message")
     return message if isinstance(message, dict) else None
+
+
+def _message_of(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The message that the choices of a stream amount to: its texts, and its lists, joined."""
+    pieces: dict[str, list[Any]] = {}
+    for message in filter(None, map(_message_in, parts)):
+        for name, value in message.items():
+            if isinstance(value, str):
+                pieces.setdefault(name, []).append(value)
+            elif isinstance(value, list):
+                pieces.setdefault(name, []).extend(value)
+    joined: dict[str, Any] = {}
+    for name, values in pieces.items():
+        is_text = all(isinstance(value, str) for value in values)
+        # As JSON sees it, an emoji is one that came in two halves.
+        joined[name] = _json_copy("".join(values)) if is_text else values
+    return joined
 
 
 def _assembled(text: str) -> tuple[Any, bool]:
@@ -1953,33 +1953,28 @@ def _assembled(text: str) -> tuple[Any, bool]:
     llama-cpp-python ends an older stream so when another request arrives (observed).
     """
     values: list[Any] = []
-    problem: Optional[ValueError] = None
+    problem = None
     try:
         for value in _events(text):
             values.append(value)
     except ValueError as error:
         problem = error
-    is_done = values[-1:] == ["[DONE]"]
+    is_done = "[DONE]" in values
     events = [_dict(_first(value)) for value in values]
     failed = next(filter(_fails, events), None)
     if failed is not None:
         return failed, True
-    choices = [event["choices"] for event in events if "choices" in event]
-    parts = [part for part in map(_dict, itertools.chain.from_iterable(
-        each for each in choices if isinstance(each, list))) if not part.get("index")]
-    choice: dict[str, Any] = {
-        name: part[name] for part in parts for name in ("finish_reason", "error", "usage")
-        if part.get(name)}
+    lists = (event.get("choices") for event in events)
+    parts = [_dict(part) for each in lists if isinstance(each, list) for part in each]
+    parts = [part for part in parts if not part.get("index")]
+    choice = {
+        name: part[name]
+        for part in parts for name in ("finish_reason", "error", "usage") if part.get(name)}
     if problem is not None and "finish_reason" not in choice:
-        raise problem  # after the text nothing is lost
-    if not choices and values[:-1 if is_done else None]:
-        return values[-2 if is_done else -1], True
-    pieces: dict[str, list[Any]] = {}
-    for message in map(_message_in, parts):
-        for name, value in (message or {}).items():
-            if name in _PIECES and isinstance(value, (str, list)):
-                pieces.setdefault(name, []).append(value)
-    choice["message"] = {name: _joined(values) for name, values in pieces.items()}
+        raise problem  # behind the reason nothing of the text is lost
+    if values and not any("choices" in event for event in events):
+        return values[0], True  # no stream at all, but a body in the form of one
+    choice["message"] = _message_of(parts)
     has_null = any(part.get("finish_reason", "") is None for part in parts)
     is_whole = "finish_reason" in choice or "error" in choice or (is_done and not has_null)
     reply = {name: value for event in events for name, value in event.items() if value}
@@ -2000,8 +1995,9 @@ def _usage_of(data: Mapping[str, Any]) -> Usage:
     With a key of one's own (BYOK) OpenRouter's `cost` is its fee alone; what the upstream charged
     stands in cost_details (documented).
     """
-    thoughts = _dict(data.get("completion_tokens_details")).get("reasoning_tokens")
-    cached = _dict(data.get("prompt_tokens_details")).get("cached_tokens")
+    of_prompt = _dict(data.get("prompt_tokens_details"))
+    of_completion = _dict(data.get("completion_tokens_details"))
+    cached = of_prompt.get("cached_tokens")
     for name in ("prompt_cache_hit_tokens", "cache_read_input_tokens", "cached_tokens"):
         cached = cached or data.get(name)
     prompt = _count(data.get("prompt_tokens") or data.get("input_tokens"))
@@ -2009,8 +2005,10 @@ def _usage_of(data: Mapping[str, Any]) -> Usage:
     total = _count(data.get("total_tokens")) or prompt + completion
     cost = _seconds(data.get("cost")) or 0.0
     if data.get("is_byok"):
-        cost += _seconds(_dict(data.get("cost_details")).get("upstream_inference_cost")) or 0.0
-    return Usage(prompt, completion, total, _count(thoughts), _count(cached), cost)
+        details = _dict(data.get("cost_details"))
+        cost += _seconds(details.get("upstream_inference_cost")) or 0.0
+    thoughts = _count(of_completion.get("reasoning_tokens"))
+    return Usage(prompt, completion, total, thoughts, _count(cached), cost)
 
 
 def _why_not_whole(response: Response) -> str:
@@ -2025,21 +2023,26 @@ def _why_not_whole(response: Response) -> str:
 
 
 def _is_answer(
-    content: str, has_field: bool, request: _Request, finish_reason: Any, has_parser: Optional[bool]
+    request: _Request, finish_reason: Any, vllm_usage: Mapping[str, Any], content: str,
+    has_field: bool,
 ) -> bool:
     """Whether *content* without tags, after an open thought, is the answer.
 
     A server with a parser takes the tag of a thought away that the model closes at once. Observed:
-    a reasoning field that is a str, even an empty one, tells of a parser. Elsewhere a model that
-    stopped by itself has rather lost its tag than ended within its thought. A text that begins with
-    a space goes on with the injected words.
+    a reasoning field that is a str, even an empty one, or vLLM's usage tell of a parser. Elsewhere
+    a model that stopped by itself has rather lost its tag than ended within its thought. A text
+    that begins with a space goes on with the injected words.
     """
     has_stopped = finish_reason == "stop" and not request.body.get("stop")
     if not (content.strip() or has_stopped):
         return False  # it ended before anything came
-    if has_field or has_parser is not None:
-        return has_field or bool(has_parser)
-    return request.hides_thoughts or (has_stopped and not content.startswith((" ", "\t")))
+    if has_field:
+        return True
+    if "completion_tokens_details" in vllm_usage:  # an object where there is a parser, else null
+        return vllm_usage["completion_tokens_details"] is not None
+    if request.hides_thoughts:
+        return True
+    return has_stopped and not content.startswith((" ", "\t"))
 
 
 def _read_choice(
@@ -2048,10 +2051,9 @@ def _read_choice(
     """What _read_reply returns, from the *whole* JSON of a reply that came to its end."""
     data = _dict(_first(whole))
     choice = _dict(_first(data.get("choices")))
-    if _fails(data):  # counts even where a choice that looks good stands beside it
-        raise _refusal(api, body, data)
-    if choice.get("error"):
-        raise _refusal(api, body, {"error": choice["error"]})
+    error = choice.get("error")
+    if error or _fails(data):  # even where a choice that looks good stands beside it
+        raise _refusal(api, body, {"error": error} if error else data)
     message = _message_in(choice)
     if message is None:
         words = _words_of(_error_in(whole), whole)
@@ -2063,18 +2065,13 @@ def _read_choice(
     # With this flag llama.cpp's streams do not repeat what was injected (observed).
     is_flagged = streamed and "continue_final_message" in request.body
     echoes = _PROVIDERS.get(server, api.provider).echoes and not is_flagged
-    reasoning, content, is_closed = _read_message(message, request.injection, echoes)
-    usage = _dict(data.get("usage") or choice.get("usage"))  # the latter is Moonshot's, streamed
+    usage = _dict(data.get("usage") or choice.get("usage"))  # the latter: Moonshot's streams
     finish_reason = choice.get("finish_reason")
-    if is_closed is None:
-        # vLLM's usage has an object here where a parser is at work, else null (observed).
-        details = usage.get("completion_tokens_details", ...)
-        has_parser = isinstance(details, dict) if server == "vllm" and details is not ... else None
-        is_closed = _is_answer(content, reasoning is not None, request, finish_reason, has_parser)
-        if is_closed:
-            reasoning, content = None if request.hides_thoughts else "", content.lstrip()
-        else:
-            reasoning, content = content, ""
+    is_answer = functools.partial(
+        _is_answer, request, finish_reason, usage if server == "vllm" else {})
+    reasoning, content, is_closed = _read_message(message, request.injection, echoes, is_answer)
+    if reasoning == "" and is_closed and request.hides_thoughts:
+        reasoning = None
     response = Response(
         content, reasoning, is_closed, str(finish_reason) if finish_reason else None, seed,
         _usage_of(usage), str(data.get("model") or request.model),
@@ -2095,21 +2092,17 @@ def _read_reply(
 
     APIError, or what broke the reply off, where there is no whole answer in it.
     """
-    data: Any = None
-    is_whole, problem = False, None
-    content = _unpacked(body.content, body.headers.get("content-encoding") or "")
-    try:
-        data, is_whole = _parsed(content)
-    except (ValueError, RecursionError) as error:
-        problem = error
+    data, is_whole, problem = None, False, None
     is_good = 200 <= body.status < 300
     is_late = isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong))
     is_short = is_late and "content-length" in body.headers  # the rest was on its way
-    if is_good and is_whole and not is_short:
-        try:
+    content = _unpacked(body.content, body.headers.get("content-encoding") or "")
+    try:
+        data, is_whole = _parsed(content)
+        if is_good and is_whole and not is_short:
             return _read_choice(api, request, seed, body, data, streamed)
-        except RecursionError:
-            raise _failure(api, "a reply whose parts are nested too deep", body.status) from None
+    except (ValueError, RecursionError) as error:
+        problem = error
     if body.broken is not None and (is_good or is_late):
         raise body.broken
     text = content.decode(errors="replace").strip()
