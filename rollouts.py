@@ -1066,7 +1066,7 @@ def _with_prefill(message: dict[str, Any], injection: _Injection, way: _Prefill)
     return {**message, "content": answer, way.thought: thought}
 
 
-@functools.lru_cache(maxsize=1024)  # a text is the same for all samples of a prompt
+@functools.lru_cache  # all samples of a prompt have the same text
 def _echo_pattern(text: str) -> re.Pattern[str]:
     """What matches *text* at the beginning of a reply.
 
@@ -2013,13 +2013,12 @@ def _usage_of(data: Mapping[str, Any]) -> Usage:
 
 def _why_not_whole(response: Response) -> str:
     """Why *response*, live or an entry of the cache, is not to be kept; '' where it is."""
-    if response.finish_reason in _FAILURES:
-        return f"finish_reason is {response.finish_reason!r}"
+    reason = response.finish_reason
+    if reason in _FAILURES:
+        return f"finish_reason is {reason!r}"
     if response.content or response.reasoning or response.usage.completion_tokens:
         return ""
-    if response.finish_reason is None:
-        return "an empty reply without a finish reason"
-    return f"an empty reply of no tokens (finish_reason {response.finish_reason!r})"
+    return f"an empty reply of no tokens (finish_reason {reason!r})"
 
 
 def _is_answer(
@@ -2095,11 +2094,11 @@ def _read_reply(
     data, is_whole, problem = None, False, None
     is_good = 200 <= body.status < 300
     is_late = isinstance(body.broken, (TimeoutError, socket.timeout, _TooLong))
-    is_short = is_late and "content-length" in body.headers  # the rest was on its way
+    is_cut = is_late and "content-length" in body.headers  # more of it was to come
     content = _unpacked(body.content, body.headers.get("content-encoding") or "")
     try:
         data, is_whole = _parsed(content)
-        if is_good and is_whole and not is_short:
+        if is_good and is_whole and not is_cut:
             return _read_choice(api, request, seed, body, data, streamed)
     except (ValueError, RecursionError) as error:
         problem = error
