@@ -2734,13 +2734,15 @@ class _Progress:
     def end(self, unfinished: int) -> None:
         """Take back the *unfinished* samples of a call; with the last call the line goes."""
         with self._ended:
-            self.count(self._tally, calls=-1, total=-unfinished)
-            if not self._tally["calls"]:
-                if self._view.shown:
-                    self._show()  # a log keeps it
-                    self._view.show("")
-                self._view = _Log()
-                self._ended.notify_all()
+            self.count(self._tally, calls=-1)
+            if self._tally["calls"]:
+                self.count(self._tally, total=-unfinished)
+                return
+            if self._view.shown:
+                self._show()  # a log keeps it
+                self._view.show("")
+            self._view = _Log()
+            self._ended.notify_all()
 
     def say(self, text: str) -> None:
         """Write a line of its own."""

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 import warnings
 from collections import Counter
@@ -21,7 +22,7 @@ from unittest import mock
 
 from tests import rollouts
 from tests.case import PATIENCE, ROOT, Case, LongSleeps, eventually
-from tests.server import Reply, Request, Server, by_seed, chat
+from tests.server import Gate, Reply, Request, Server, by_seed, chat
 
 try:
     import fcntl
@@ -446,10 +447,22 @@ class Log(Watching):
         self.assertIn("20/20", lines[-1])  # it ends with how it ended
 
     def test_a_quick_call_leaves_no_line(self) -> None:
-        self.assertEqual(rollouts._LOG_LINE, 30)  # half a minute
+        self.assertEqual(rollouts._Log.interval, 30)  # half a minute
         with self.watched(lambda request: chat(), "client.generate('hi', 20)\nprint('done')") as watched:
             self.assertEqual(watched.result(), "done")
             self.assertEqual(watched.text, "")
+
+    def test_it_ends_with_what_was_asked_for(self) -> None:
+        """Also where a call ends before its time: what never came is no part of what is done."""
+        client = self.client(self.serve(Gate(holds=lambda request: request.seed > 0)), progress_bar=True)
+        log = io.StringIO()
+        with mock.patch.object(sys, "stderr", log), mock.patch.object(rollouts._Log, "interval", 0.01):
+            call = self.start(client.generate, "hi", 3)
+            self.assertTrue(eventually(lambda: "1/3" in log.getvalue()))
+            client.close()
+            with self.assertRaises(rollouts.RolloutsError):
+                call.result(PATIENCE)
+        self.assertRegex(log.getvalue().splitlines()[-1], r"\b1/3\b")
 
     def test_no_stderr_at_all(self) -> None:
         """As under pythonw, or when it was closed."""
@@ -459,68 +472,124 @@ class Log(Watching):
                 self.assertEqual(watched.result(), "20")
 
 
+class Output(io.StringIO):
+    """A stderr as it is in a notebook's kernel."""
+
+    __module__ = "ipykernel.iostream"
+
+
+class Display:
+    """IPython's module of that name, as far as it is used: what it shows of each output, in turn."""
+
+    def __init__(self) -> None:
+        self.outputs: List[List[str]] = []
+
+    def display(self, data: Any, *, raw: bool, display_id: bool) -> Any:
+        output = [data["text/plain"]]
+        self.outputs.append(output)
+        return types.SimpleNamespace(update=lambda data, *, raw: output.append(data["text/plain"]))
+
+
+class Notebook(Case):
+    settings = {"progress_bar": True}
+
+    def test_one_output_for_each_call_that_is_empty_at_the_end(self) -> None:
+        stderr, display, gates = Output(), Display(), {}
+
+        def script(request: Request) -> Reply:
+            return gates[request.body["messages"][0]["content"]](request)
+
+        client = self.client(self.serve(script), verbose=True)
+        self.enter(mock.patch.dict(sys.modules, {"IPython.display": display}))  # type: ignore[dict-item]
+        self.enter(mock.patch.object(rollouts._Notebook, "interval", 0.01))
+        with mock.patch.object(sys, "stderr", stderr):
+            for number, prompt in enumerate(("first", "second")):
+                gates[prompt] = Gate(holds=lambda request: request.seed > 1)
+                self.addCleanup(gates[prompt].open)
+                call = self.start(client.generate, prompt, 4)
+                self.assertTrue(eventually(
+                    lambda number=number: any("2/4" in line for each in display.outputs[number:] for line in each)))
+                gates[prompt].open()
+                call.result(PATIENCE)
+        self.assertEqual([output[-1] for output in display.outputs], ["", ""])
+        self.assertEqual([line for output in display.outputs for line in output[:-1] if "/4" not in line], [])
+        lines = stderr.getvalue().splitlines()  # those of verbose alone
+        self.assertEqual(len(lines), 8)
+        for line in lines:
+            self.assertRegex(line, r"^rollouts: seed \d: 5 tokens in ")
+
+
 @unittest.skipUnless(
     importlib.util.find_spec("ipykernel") and importlib.util.find_spec("jupyter_client"), "there is no Jupyter here")
-class Notebook(Case):
-    def test_a_line_that_redraws(self) -> None:
-        twenty, text = Twenty(), ""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # theirs
-            from jupyter_client import KernelManager
+class Kernel(Case):
+    """The same in a real one, whose cells are also interrupted."""
 
-            directory = stack.enter_context(tempfile.TemporaryDirectory())
-            server = stack.enter_context(Server(twenty))
-            variables = {
-                **os.environ,
-                "IPYTHONDIR": directory,
-                "JUPYTER_RUNTIME_DIR": directory,
-                "JUPYTER_CONFIG_DIR": directory,
-                "PYTHONPATH": ROOT,
-                "PYTHONWARNINGS": "ignore",
-            }
-            manager = KernelManager(connection_file=os.path.join(directory, "kernel.json"))
-            manager.start_kernel(
-                env=variables, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            stack.callback(manager.shutdown_kernel, now=True)
-            client = manager.client()
-            client.start_channels()
-            stack.callback(client.stop_channels)
-            client.wait_for_ready(timeout=2 * PATIENCE)
-            code = f"import os, sys\nsys.argv = ['', {server.url!r}, {directory!r}, '']\n"
-            code += SCRIPT[SCRIPT.index("from tests"):]
-            code += "await client.agenerate('hi', 3, progress_bar=False)\n"
-            asked = client.execute(
-                code + "answers = await client.agenerate('hi', 20, max_retries=1)\nprint(len(answers))"
-            )
-            printed = ""
-            deadline = time.monotonic() + PATIENCE
-            while time.monotonic() < deadline:
-                message = client.get_iopub_msg(timeout=PATIENCE)
-                if message["parent_header"].get("msg_id") != asked:
-                    continue
-                content = message["content"]
-                if message["msg_type"] == "stream" and content["name"] == "stderr":
-                    text += content["text"]
-                elif message["msg_type"] == "stream":
-                    printed += content["text"]
-                elif message["msg_type"] == "error":
-                    raise AssertionError("\n".join(content["traceback"]))
-                elif message["msg_type"] == "status" and content["execution_state"] == "idle":
-                    break
-                if "15/20" in text and "1 retrying" in text and not twenty.go.is_set():
-                    with open(os.path.join(directory, "go"), "w"):
-                        pass
-                    twenty.go.set()
-            twenty.go.set()
-        self.assertEqual(printed.strip(), "19")
-        shown = text[: text.rindex("\r")] if "\r" in text else text
-        self.assertIn("\r", shown)
-        screen = Screen(10_000)
-        screen.feed(text)
-        for words in Twenty.SHOWN:
-            self.assertTrue(any(words in frame for frame in screen.frames), words)
-        self.assertEqual(screen.lines, [])
+    CALLS = ('client.generate("{0}", 20)', 'await client.agenerate("{0}", 20)')
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.enter(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # theirs
+        from jupyter_client import KernelManager
+
+        self.gate = Gate(holds=lambda request: request.seed > 3)
+        server = self.serve(self.gate)
+        variables = {
+            **os.environ, "IPYTHONDIR": self.directory, "JUPYTER_RUNTIME_DIR": self.directory,
+            "JUPYTER_CONFIG_DIR": self.directory, "PYTHONPATH": ROOT, "PYTHONWARNINGS": "ignore"}
+        self.manager = KernelManager(connection_file=os.path.join(self.directory, "kernel.json"))
+        self.manager.start_kernel(
+            env=variables, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(self.manager.shutdown_kernel, now=True)
+        self.kernel = self.manager.client()
+        self.kernel.start_channels()
+        self.addCleanup(self.kernel.stop_channels)
+        self.kernel.wait_for_ready(timeout=2 * PATIENCE)
+        self.run_cell(
+            f"import rollouts\nrollouts._Notebook.interval = 0.05\nclient = rollouts.RolloutsClient("
+            f"'m', base_url={server.url!r}, cache_dir={self.cache_dir!r}, max_concurrency=5)")
+
+    def run_cell(self, code: str, once_shown: Callable[[], None] = lambda: None) -> List[Any]:
+        """(kind, text) of all that a cell puts out; *once_shown* is called when it shows a line."""
+        asked = self.kernel.execute(code)
+        outputs: List[Any] = []
+        while True:
+            message = self.kernel.get_iopub_msg(timeout=PATIENCE)
+            kind, content = message["msg_type"], message["content"]
+            if message["parent_header"].get("msg_id") != asked:
+                continue
+            if kind == "status" and content["execution_state"] == "idle":
+                return outputs
+            if kind in ("display_data", "update_display_data", "execute_result"):
+                outputs.append((kind, content["data"]["text/plain"]))
+                if "4/20" in outputs[-1][1]:
+                    once_shown()
+            elif kind in ("stream", "error"):
+                outputs.append((kind, content.get("text") or content["ename"]))
+
+    def test_one_output_that_is_changed_in_place(self) -> None:
+        for call, prompt in zip(self.CALLS, "ab"):
+            with self.subTest(call):
+                self.gate._opened = False
+                first, *updates, last, result = self.run_cell(call.format(prompt), self.gate.open)
+                self.assertEqual(first[0], "display_data")
+                self.assertEqual({kind for kind, _ in updates} | {last[0]}, {"update_display_data"})
+                self.assertEqual(last[1], "")
+                self.assertEqual(result, ("execute_result", "<Rollouts: 20 of 20 responses from m>"))
+
+    def test_interrupted(self) -> None:
+        for call, prompt, name in zip(self.CALLS, "ab", ("KeyboardInterrupt", "CancelledError")):
+            with self.subTest(call):
+                times: List[float] = []
+
+                def interrupt(times: List[float] = times) -> None:
+                    if not times:
+                        times.append(time.monotonic())
+                        self.manager.interrupt_kernel()
+
+                outputs = self.run_cell(call.format(prompt), interrupt)
+                self.assertLess(time.monotonic() - times[0], 1)
+                self.assertEqual(outputs[-2:], [("update_display_data", ""), ("error", name)])
 
 
 class Formatted(Case):
