@@ -68,7 +68,7 @@ import urllib.request
 import warnings
 import weakref
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -3064,9 +3064,11 @@ class _Call:
     """One call: what it asked for, what came of it, and what may still be sent."""
 
     def __init__(
-        self, config: Config, api: _Api, cache: Optional[_Cache], requests: list[_Request], n: int
+        self, config: Config, api: _Api, cache: Optional[_Cache], executor: ThreadPoolExecutor,
+        pacer: _Pacer, requests: list[_Request], n: int,
     ) -> None:
         self.config, self.api, self.cache, self.requests = config, api, cache, requests
+        self.executor, self.pacer = executor, pacer
         first = config.seed or 0
         self.seeds = range(first, first + n)
         self.total = len(requests) * n
@@ -3076,7 +3078,8 @@ class _Call:
         self.is_over = self.was_interrupted = False
         self.loop: Optional[asyncio.AbstractEventLoop] = None  # of agenerate()
         self.wakeup: Callable[[], Any] = bool  # called in that loop when a sample is done
-        self.notes: dict[str, list[str]] = {"unusable": [], "unwritten": [], "server": []}
+        # What to warn of, by kind: unusable and unwritten entries of the cache, and servers.
+        self.notes: defaultdict[str, list[str]] = defaultdict(list)
         self.tally: Optional[_Tally] = None
         self._done: queue.SimpleQueue[tuple[int, int, _Sample]] = queue.SimpleQueue()
         self._waiting = deque((index, iter(self.seeds)) for index in range(len(requests)))
@@ -3493,7 +3496,9 @@ class RolloutsClient:
         if at is not None and (isinstance(at, str) or not isinstance(at, Iterable)):
             raise ValueError(f"at takes a list of integers, not {at!r:.200}")
         in_range = _integer(0, len(parts))
-        indices = [in_range("at", index) for index in (range(len(parts) + 1) if at is None else at)]
+        if at is None:
+            at = range(len(parts) + 1)
+        indices = [in_range("at", index) for index in at]
         # White space is left to what follows, so that the same prefix is the same request.
         prefixes = ["".join(parts[:index]).rstrip() for index in indices]
         endpoint = overrides.get("endpoint", self.endpoint)
@@ -3572,10 +3577,12 @@ class RolloutsClient:
         if config.use_cache:
             store: type[_Cache] = _SqlCache if config.use_cache == "sql" else _JsonCache
             where = os.path.abspath(config.cache_dir)
-            key = (store, where)
-            cache = self._caches.get(key) or self._caches.setdefault(key, store(where))
+            cache = self._caches.setdefault((store, where), store(where))
+        width = config.max_concurrency
+        executor = self._executors.setdefault(width, ThreadPoolExecutor(width, "rollouts"))
+        pacer = self._pacers.setdefault(api.base_url, _Pacer())
         requests = [_request_of(prompt, config, api) for prompt in prompts]
-        return _Call(config, api, cache, requests, n_samples)
+        return _Call(config, api, cache, executor, pacer, requests, n_samples)
 
     def _look_up(self, call: _Call) -> None:
         """Take from the cache what is there."""
@@ -3650,13 +3657,10 @@ class RolloutsClient:
                 call.expect(index, seed, sample)
                 return
             sample = self._in_flight[key] = _Sample(key, call, index, seed)
-        width = call.config.max_concurrency
-        executor = self._executors.get(width) or self._executors.setdefault(
-            width, ThreadPoolExecutor(width, "rollouts"))
         try:
             # Known before it is submitted: Ctrl-C may arrive within submit.
             call.expect(index, seed, sample)
-            executor.submit(self._draw, sample)
+            call.executor.submit(self._draw, sample)
         except BaseException as error:
             if "start new thread" in str(error) and call.in_flight > 1:
                 return  # it is in the queue of the threads that there are
@@ -3704,18 +3708,17 @@ class RolloutsClient:
         if api.provider.needs_key and not api.key and not api.is_local:
             advice = _advice_of(api, 401).replace("the right key", "one")
             return _failure(api, "no API key", None, False, advice=advice)._with_seed(sample.seed)
-        pacer = self._pacers.get(api.base_url) or self._pacers.setdefault(api.base_url, _Pacer())
         for attempt in itertools.count():
-            held = pacer.is_held
-            with call.shown("waiting", pacer.reason) if held else contextlib.nullcontext():
-                pacer.wait(call.config.requests_per_minute, sample.is_unwanted)
+            held = call.pacer.is_held
+            with call.shown("waiting", call.pacer.reason) if held else contextlib.nullcontext():
+                call.pacer.wait(call.config.requests_per_minute, sample.is_unwanted)
             outcome = self._attempt(sample)
             if isinstance(outcome, Response):
                 return outcome
             status = f"HTTP {outcome.status}: " if outcome.status else ""
             reason = status + outcome.message
             if outcome.retryable and outcome.retry_after:
-                pacer.hold(outcome.retry_after, reason)
+                call.pacer.hold(outcome.retry_after, reason)
             if not outcome.retryable or attempt >= call.config.max_retries:
                 say(f"failed: {outcome}")
                 return outcome._with_seed(sample.seed)
