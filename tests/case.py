@@ -84,6 +84,7 @@ def environment(**variables: str) -> ContextManager[Any]:
 class Case(unittest.TestCase):
     """The base of all tests. What a test opens here is closed at its end, the latest first."""
 
+    maxDiff = None  # what a machine elsewhere saw is to be seen whole
     settings: Dict[str, Any] = {}  # what a class's clients have, where a test does not say otherwise
     directory: str  # of this test alone
     clock: Clock
