@@ -3131,6 +3131,8 @@ class _Call:
         # Raises a defect of the worker's: it must not vanish with its thread.
         outcome = sample.result()
         if outcome is None:  # not sent; next() says whether it is still to be
+            if _exits_by_interrupt():
+                raise RolloutsError("the interpreter exits")
             self._waiting.append((index, iter((seed,))))
             return
         if (sample.call, sample.index) == (self, index):
@@ -3703,22 +3705,22 @@ class RolloutsClient:
 
     def _attempts(self, sample: _Sample) -> _Outcome:
         """One sample, drawn and kept, in as many attempts as it takes. _GivenUp: unwanted."""
-        call, api = sample.call, sample.call.api
+        call, api, pacer = sample.call, sample.call.api, sample.call.pacer
         say = functools.partial(call.say, sample.index, sample.seed)
         if api.provider.needs_key and not api.key and not api.is_local:
             advice = _advice_of(api, 401).replace("the right key", "one")
             return _failure(api, "no API key", None, False, advice=advice)._with_seed(sample.seed)
         for attempt in itertools.count():
-            held = call.pacer.is_held
-            with call.shown("waiting", call.pacer.reason) if held else contextlib.nullcontext():
-                call.pacer.wait(call.config.requests_per_minute, sample.is_unwanted)
+            is_held = pacer.is_held
+            with call.shown("waiting", pacer.reason) if is_held else contextlib.nullcontext():
+                pacer.wait(call.config.requests_per_minute, sample.is_unwanted)
             outcome = self._attempt(sample)
             if isinstance(outcome, Response):
                 return outcome
             status = f"HTTP {outcome.status}: " if outcome.status else ""
             reason = status + outcome.message
             if outcome.retryable and outcome.retry_after:
-                call.pacer.hold(outcome.retry_after, reason)
+                pacer.hold(outcome.retry_after, reason)
             if not outcome.retryable or attempt >= call.config.max_retries:
                 say(f"failed: {outcome}")
                 return outcome._with_seed(sample.seed)
@@ -3737,7 +3739,6 @@ class RolloutsClient:
             headers["Authorization"] = f"Bearer {api.key}"
         streamed = _is_streamed(config, api.provider)
         payload = request.payload(sample.seed, streamed)
-
         exchange = functools.partial(
             self._transport.post, request.url, headers, payload, config.timeout,
             sample.is_given_up)
@@ -3751,15 +3752,21 @@ class RolloutsClient:
         note = _server_note(request, config, api, recognised)
         if note:
             sample.notes.append(("server", note))
-        if call.cache is not None:
-            try:
-                self._patiently(functools.partial(call.cache.put, request, response), bool)
-            except OSError as error:
-                sample.notes.append(("unwritten", str(error)))
+        self._keep(sample, response)
         tokens, took = response.usage.completion_tokens, time.monotonic() - begun
         ended = f"{tokens} tokens in {took:.1f} s, {response.finish_reason}"
         call.say(sample.index, sample.seed, ended)
         return response
+
+    def _keep(self, sample: _Sample, response: Response) -> None:
+        """Put *response* into the cache. Where that fails the call returns it, and warns."""
+        if sample.call.cache is None:
+            return
+        put = functools.partial(sample.call.cache.put, sample.request, response)
+        try:
+            self._patiently(put, bool)
+        except OSError as error:
+            sample.notes.append(("unwritten", str(error)))
 
 
 def create_client(model: str, preset: str = "balanced", **settings: Any) -> RolloutsClient:
