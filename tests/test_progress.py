@@ -454,7 +454,8 @@ class Log(Watching):
 
     def test_it_ends_with_what_was_asked_for(self) -> None:
         """Also where a call ends before its time: what never came is no part of what is done."""
-        client = self.client(self.serve(Gate(holds=lambda request: request.seed > 0)), progress_bar=True)
+        server = self.serve(Gate(holds=lambda request: request.seed > 0))
+        client = self.client(server, progress_bar=True, use_cache=False)  # what is in flight is given up
         log = io.StringIO()
         with mock.patch.object(sys, "stderr", log), mock.patch.object(rollouts._Log, "interval", 0.01):
             call = self.start(client.generate, "hi", 3)
