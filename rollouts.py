@@ -119,6 +119,13 @@ def _json_copy(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
 
 
+def _plain(value: Any) -> Any:
+    """*value* with dicts in place of records, also within a list."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.to_dict() if hasattr(value, "to_dict") else value
+
+
 class _Record:
     """A dataclass that turns into plain values."""
 
@@ -126,12 +133,6 @@ class _Record:
         """The fields by their names, as plain dicts, lists and values."""
         fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
         return {field.name: _plain(getattr(self, field.name)) for field in fields}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return value.to_dict() if isinstance(value, _Record) else value
 
 
 def _warn(text: str) -> None:
