@@ -402,7 +402,7 @@ class Check(Case):
         with self.warned() as texts:
             try:
                 found: Any = client.check_injection()
-            except Exception as error:  # noqa: what it raises is what is looked at
+            except Exception as error:  # what it raises is what is looked at
                 found = error
         return found, texts, server.requests
 
