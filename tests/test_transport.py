@@ -417,10 +417,11 @@ class Deadline(Wired):
         self.assertEqual(len(server.requests), 2)
 
     def test_what_comes_late_is_not_taken_for_the_next_reply(self):
-        server = self.serve([replace(chat("late"), delay=0.4), chat("in time")])
+        late = threading.Event()
+        server = self.serve([replace(chat("late"), wait=late), chat("in time")])
         client = self.client(server, timeout=0.2)
         self.assertEqual(client.generate("q")[0].content, "in time")
-        time.sleep(0.4)
+        late.set()
         self.assertEqual(client.generate("again", timeout=5)[0].content, "in time")
 
     def test_the_handshake_counts(self):
