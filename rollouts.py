@@ -2668,7 +2668,7 @@ class _Progress:
         """Add to the counts of *tally*."""
         with self._counting:
             tally.update(more)
-            # A single sample gets no line, unless it waits; a second one, of any call, brings it up.
+            # A single sample gets no line, unless it waits; a second, of any call, brings it up.
             is_worth_it = tally["total"] > 1 or tally["retrying"] or tally["waiting"]
             if is_worth_it and not tally["drawn"]:
                 tally["drawn"] = 1
