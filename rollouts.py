@@ -873,7 +873,7 @@ class Rollouts(_Record):
         at = "" if self.at is None else f"at {self.at}: "
         cut_off = sum(response.finish_reason == "length" for response in self.responses)
         notes = f", {cut_off} cut off at max_tokens" if cut_off else ""
-        notes += f", {len(self.errors)} errors" if self.errors else ""
+        notes += f", {len(self.errors)} failed" if self.errors else ""
         count = f"{len(self)} of {self.num_responses} responses"
         return f"<Rollouts: {at}{count} from {self.model}{notes}>"
 
@@ -2723,7 +2723,7 @@ class _Progress:
         """Add to the counts of *tally*."""
         with self._counting:
             tally.update(more)
-            # A single sample gets no line, unless it waits; a second one, of any call, brings it.
+            # A single sample gets no line, unless it waits; a second, of any call, brings it up.
             is_worth_it = tally["total"] > 1 or tally["retrying"] or tally["waiting"]
             if is_worth_it and not tally["drawn"]:
                 tally["drawn"] = 1

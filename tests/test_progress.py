@@ -50,6 +50,7 @@ class Still(Clock):
         super().sleep(seconds, is_cancelled)
 
 rollouts._clock = Still(0.5)
+rollouts._Terminal.interval = 0.05
 os.chdir(sys.argv[2])
 client = rollouts.RolloutsClient("m", base_url=sys.argv[1], cache_dir=sys.argv[2])
 exec(sys.argv[3])
@@ -387,7 +388,7 @@ class Stopped(Case):
         def reply(request):
             if len(server.requests) == 400:
                 came.set()
-            return replace(by_seed(request), delay=0.01)
+            return replace(by_seed(request), delay=0.004)
 
         code = (
             "import sys, rollouts\nrollouts._Terminal.interval = 0.0001\n"  # private: else it takes a minute to fill up
@@ -431,6 +432,35 @@ class Held(Case):
             for call in first, second:
                 with self.assertRaises(rollouts.RolloutsError):
                     call.result(PATIENCE)
+
+
+@unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
+class Forked(Case):
+    SOURCE = """
+        import os, sys, threading, warnings
+        import rollouts
+        client = rollouts.RolloutsClient("m", base_url=sys.argv[1], use_cache=False, verbose=True)
+        is_held = threading.Event()
+        def draw():
+            with rollouts._progress._ended:
+                is_held.set()
+                threading.Event().wait()
+        threading.Thread(target=draw, daemon=True).start()
+        is_held.wait()
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        pid = os.fork()
+        if pid == 0:
+            for progress_bar in (False, True):
+                client.generate("q", 2, progress_bar=progress_bar)
+            os._exit(0)
+        print(os.waitpid(pid, 0)[1], flush=True)
+        os._exit(0)
+    """
+
+    def test_a_line_that_is_drawn_just_then_holds_up_no_child(self) -> None:
+        done = self.run_python(self.SOURCE, self.serve().url)
+        self.assertEqual(done.stdout, "0\n")
+        self.assertEqual(len(done.stderr.splitlines()), 4, done.stderr)
 
 
 class Log(Watching):
@@ -525,7 +555,8 @@ class Notebook(Case):
 class Kernel(Case):
     """The same in a real one, whose cells are also interrupted."""
 
-    CALLS = ('client.generate("{0}", 20)', 'await client.agenerate("{0}", 20)')
+    CALLS = (  # of different widths: each has threads of its own
+        'client.generate("a", 20, max_concurrency=5)', 'await client.agenerate("b", 20, max_concurrency=6)')
 
     def setUp(self) -> None:
         super().setUp()
@@ -533,8 +564,7 @@ class Kernel(Case):
         warnings.simplefilter("ignore")  # theirs
         from jupyter_client import KernelManager
 
-        self.gate = Gate(holds=lambda request: request.seed > 3)
-        server = self.serve(self.gate)
+        self.server = self.serve()
         variables = {
             **os.environ, "IPYTHONDIR": self.directory, "JUPYTER_RUNTIME_DIR": self.directory,
             "JUPYTER_CONFIG_DIR": self.directory, "PYTHONPATH": ROOT, "PYTHONWARNINGS": "ignore"}
@@ -548,7 +578,13 @@ class Kernel(Case):
         self.kernel.wait_for_ready(timeout=2 * PATIENCE)
         self.run_cell(
             f"import rollouts\nrollouts._Notebook.interval = 0.05\nclient = rollouts.RolloutsClient("
-            f"'m', base_url={server.url!r}, cache_dir={self.cache_dir!r}, max_concurrency=5)")
+            f"'m', base_url={self.server.url!r}, cache_dir={self.cache_dir!r})")
+
+    def hold(self) -> Gate:
+        """Let the server answer but four of the samples, and the others when the gate is opened."""
+        self.server.script = gate = Gate(holds=lambda request: request.seed > 3)
+        self.addCleanup(gate.open)
+        return gate
 
     def run_cell(self, code: str, once_shown: Callable[[], None] = lambda: None) -> List[Any]:
         """(kind, text) of all that a cell puts out; *once_shown* is called when it shows a line."""
@@ -569,18 +605,18 @@ class Kernel(Case):
                 outputs.append((kind, content.get("text") or content["ename"]))
 
     def test_one_output_that_is_changed_in_place(self) -> None:
-        for call, prompt in zip(self.CALLS, "ab"):
+        for call in self.CALLS:
             with self.subTest(call):
-                self.gate._opened = False
-                first, *updates, last, result = self.run_cell(call.format(prompt), self.gate.open)
+                first, *updates, last, result = self.run_cell(call, self.hold().open)
                 self.assertEqual(first[0], "display_data")
                 self.assertEqual({kind for kind, _ in updates} | {last[0]}, {"update_display_data"})
                 self.assertEqual(last[1], "")
                 self.assertEqual(result, ("execute_result", "<Rollouts: 20 of 20 responses from m>"))
 
     def test_interrupted(self) -> None:
-        for call, prompt, name in zip(self.CALLS, "ab", ("KeyboardInterrupt", "CancelledError")):
+        for call, name in zip(self.CALLS, ("KeyboardInterrupt", "CancelledError")):
             with self.subTest(call):
+                self.hold()
                 times: List[float] = []
 
                 def interrupt(times: List[float] = times) -> None:
@@ -588,7 +624,7 @@ class Kernel(Case):
                         times.append(time.monotonic())
                         self.manager.interrupt_kernel()
 
-                outputs = self.run_cell(call.format(prompt), interrupt)
+                outputs = self.run_cell(call, interrupt)
                 self.assertLess(time.monotonic() - times[0], 1)
                 self.assertEqual(outputs[-2:], [("update_display_data", ""), ("error", name)])
 
