@@ -326,16 +326,18 @@ print("done")
             ("a dozen agenerate", DOZEN.format(n=2), 24), ("of one sample each", DOZEN.format(n=1), 12),
             ("threads", THREADS, 24), ("generate_many", MANY, 24), ("two clients", TWO_CLIENTS, 48),
         ):
-            go, lock, numbers = threading.Event(), threading.Lock(), iter(range(1000))
+            # The first half is answered when all are under way, so that no call ends before another begins.
+            all_came, go, lock, numbers = threading.Event(), threading.Event(), threading.Lock(), iter(range(1000))
 
             def script(
-                request: Request, go: Any = go, lock: Any = lock, numbers: Any = numbers, half: int = total // 2
+                request: Request, all_came: Any = all_came, go: Any = go, lock: Any = lock, numbers: Any = numbers,
+                total: int = total,
             ) -> Reply:
                 with lock:
-                    is_late = next(numbers) >= half
-                reply = chat()
-                reply.wait = go if is_late else None
-                return reply
+                    number = next(numbers)
+                if number == total - 1:
+                    all_came.set()
+                return replace(chat(), wait=all_came if number < total // 2 else go)
 
             with self.subTest(name), self.watched(script, code + "print('done')", 80) as watched:
                 watched.until(f"{total // 2}/{total}")
