@@ -2891,24 +2891,6 @@ class _SqlCache:
             return os.stat(self._path)[1:3]  # inode and device
         return None
 
-    @contextlib.contextmanager
-    def _connected(self) -> Iterator[sqlite3.Connection]:
-        """The kept connection, to the file that is there now. OSError where there can be none."""
-        with self._lock:
-            try:
-                if self._file != self._identity():
-                    self._connect()
-                yield self._connection
-            except self._sqlite3.Error as error:
-                with contextlib.ExitStack() as probes:  # says so where descriptors have run out
-                    for _ in range(4):  # as many as SQLite opens for itself
-                        probes.enter_context(open(os.devnull, "rb", buffering=0))
-                code = errno.EBUSY if "locked" in str(error) else errno.EIO
-                raise OSError(code, str(error), self._path) from error
-            finally:
-                if self._is_closed:  # a response that was in flight then
-                    self._disconnect()
-
     def _connect(self) -> None:
         self._disconnect()
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
@@ -2924,25 +2906,55 @@ class _SqlCache:
             self._connection.close()
         self._file = ""
 
+    def _do(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        """What *work* returns, given a connection to the file that is there now. OSError: why not.
+
+        What SQLite lacked it does not say, and it may be there again by now: so it is tried twice.
+        """
+        with self._lock:
+            try:
+                for is_last in (False, True):
+                    try:
+                        if self._file != self._identity():
+                            self._connect()
+                        return work(self._connection)
+                    except self._sqlite3.Error as error:
+                        self._disconnect()
+                        self._raise_if_scarce(str(error))
+                        if is_last:
+                            raise OSError(errno.EIO, str(error), self._path) from error
+            finally:
+                if self._is_closed:  # a response that was in flight then
+                    self._disconnect()
+
+    def _raise_if_scarce(self, words: str) -> None:
+        """OSError where another process locks the database, or descriptors have run out."""
+        if "locked" in words:
+            raise OSError(errno.EBUSY, words, self._path)
+        with contextlib.ExitStack() as probes:
+            for _ in range(4):  # as many as SQLite opens for itself
+                probes.enter_context(open(os.devnull, "rb", buffering=0))
+
     def get(
         self, request: _Request, seeds: Sequence[int], unusable: list[str]
     ) -> dict[int, Response]:
         """The stored responses of *seeds*, which follow each other."""
+        def rows(connection: sqlite3.Connection) -> list[Any]:
+            return connection.execute(
+                "SELECT seed, response FROM responses WHERE request = ? AND seed BETWEEN ? AND ?",
+                ("/".join(request.key), seeds[0], seeds[-1])).fetchall()
+
         found: dict[int, Response] = {}
         if not os.path.exists(self._path):
             return found
         try:
-            with self._connected() as connection:
-                rows = connection.execute(
-                    "SELECT seed, response FROM responses"
-                    " WHERE request = ? AND seed BETWEEN ? AND ?",
-                    ("/".join(request.key), seeds[0], seeds[-1])).fetchall()
+            stored = self._do(rows)
         except OSError as error:
             if _is_scarcity(error):
                 raise
             unusable.append(str(error))
             return found
-        for seed, text in rows:
+        for seed, text in stored:
             try:
                 found[seed] = _loaded(text, seed)
             except (ValueError, TypeError, RecursionError) as error:
@@ -2952,14 +2964,18 @@ class _SqlCache:
     def put(self, request: _Request, response: Response) -> None:
         """Store *response* in one transaction."""
         key, text = "/".join(request.key), _dumped(response)
-        with self._connected() as connection, connection:
-            connection.execute("BEGIN IMMEDIATE")
-            known = connection.execute("SELECT 1 FROM requests WHERE id = ?", (key,)).fetchone()
-            if known is None:
-                stored = json.dumps(request.stored, sort_keys=True)
-                connection.execute("INSERT INTO requests VALUES (?, ?)", (key, stored))
-            connection.execute(
-                "INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", (key, response.seed, text))
+
+        def store(connection: sqlite3.Connection) -> None:
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                is_known = "SELECT 1 FROM requests WHERE id = ?"
+                if connection.execute(is_known, (key,)).fetchone() is None:
+                    stored = json.dumps(request.stored, sort_keys=True)
+                    connection.execute("INSERT INTO requests VALUES (?, ?)", (key, stored))
+                connection.execute(
+                    "INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", (key, response.seed, text))
+
+        self._do(store)
 
     def close(self) -> None:
         """Close the connection. What still comes is stored over one of its own."""
