@@ -91,7 +91,7 @@ _log = logging.getLogger(__name__)
 
 # == Basics ========================================================================================
 #
-# Replies hold what they like: the first functions make a value of the expected type of anything.
+# A reply may hold any type: the first functions turn any value into one of the expected type.
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -431,7 +431,7 @@ def _extra(value: Mapping[str, Any]) -> dict[str, Any]:
 def _setting(default: Any, check: _Check, help: str, *, body: bool = False) -> Any:
     """A field of Config. *help* is shown to users; *body* says that it goes into the request.
 
-    It takes None where that is its default, and in the body, which then goes without it.
+    None is taken where it is the default, and for each field of the body, which is then not sent.
     """
     if default is None or body:
         check = _optional(check)
@@ -722,7 +722,7 @@ def _is_scarcity(error: BaseException) -> bool:
 
 # == Data ==========================================================================================
 #
-# What a call returns. No I/O here, and nothing that is stored twice.
+# What a call returns. No I/O here.
 
 _Data = TypeVar("_Data")
 
@@ -1333,6 +1333,8 @@ def split_sentences(text: str) -> list[str]:
 # What is sent is built here, once, and the cache's key is a hash of it: there is no list of
 # "parameters that matter". Left out of the key are the seed, which names the entry below it, and
 # the fields that ask for streaming, which change how a reply arrives and not what it says.
+# Whatever changes a body (a default, an address, a way of prefilling) changes its key, and the
+# samples that were paid for under the old one are not found any more.
 
 # Hexadecimal digits of SHA-256 in the key. Of a client's parameters there are few, so that 64 bits
 # tell them apart; of prompts there may be millions, for which 160 bits leave no chance of a mix-up.
@@ -1378,7 +1380,8 @@ def _api_of(config: Config) -> _Api:
 def _for_call(client: Config, overrides: Mapping[str, Any]) -> tuple[Config, _Api]:
     """The settings of a call and its API: the call's, then the client's.
 
-    The client's address is not that of another provider, and its key is for its address alone.
+    A call that names another provider does not inherit the client's base_url; one that goes to
+    another address does not inherit its key.
     """
     config = _with_settings(client, overrides)
     is_other = isinstance(config.provider, str) and config.provider != client.provider
@@ -1399,7 +1402,7 @@ class _Request(NamedTuple):
     body: dict[str, Any]  # all but the seed and the streaming
     seed_name: str  # the field of the seed; "" where none is sent
     streaming: dict[str, Any]  # the fields of the body that ask for a stream
-    key: tuple[str, str, str]  # (model, parameters, prompt): file names, the last two with hashes
+    key: tuple[str, str, str]  # file names: the model, the parameters and their hash, the prompt's
 
     @property
     def model(self) -> str:
@@ -1524,10 +1527,6 @@ def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
         field, given = "messages", _messages_of(prompt)
         injection, further = _chat_injection(given, config, api)
         body = {**further, **body}
-    if injection.text.endswith((" ", "\t")):
-        _warn(
-            "the injected text ends in a space, which most models continue badly: their words "
-            "begin with one. End it with a word or a newline.")
     options = {"include_usage": True} if api.provider.stream_options else None
     streaming = _sent({"stream": True, "stream_options": body.pop("stream_options", options)})
     body = _sent(body)
@@ -1717,14 +1716,20 @@ def _advice_of(api: _Api, status: Optional[int], words: str = "") -> str:
     return ""
 
 
+def _without_key(api: _Api, text: str) -> str:
+    if not api.key:
+        return text
+    # Whole words of a short one, such as "x" for a server of one's own.
+    edge = r"\b" if len(api.key) < 8 else ""
+    return re.sub(edge + re.escape(api.key) + edge, "***", text)
+
+
 def _failure(
     api: _Api, message: str, status: Optional[int] = None, retryable: bool = True,
     retry_after: Optional[float] = None, advice: Optional[str] = None,
 ) -> APIError:
     """The APIError with *message*, in one line, cut, and without the key."""
-    if api.key:  # whole words of a short one, such as "x" for a server of one's own
-        edge = r"\b" if len(api.key) < 8 else ""
-        message = re.sub(edge + re.escape(api.key) + edge, "***", message)
+    message = _without_key(api, message)
     message = re.sub(r"\s+", " ", message).strip()
     if advice is None:
         advice = _advice_of(api, status, message)
@@ -2105,9 +2110,7 @@ def _read_reply(
         problem = error
     if body.broken is not None and (is_good or is_late):
         raise body.broken
-    text = content.decode(errors="replace").strip()
-    if api.key:
-        text = text.replace(api.key, "***")  # before it is cut
+    text = _without_key(api, content.decode(errors="replace").strip())  # before it is cut
     if not is_good:
         raise _refusal(api, body, data if is_whole else text)
     if problem is None or (streamed and not text):
@@ -2300,7 +2303,7 @@ class _Connection:
         return count
 
     def _send(self, start: str, headers: Mapping[str, str], body: bytes = b"") -> None:
-        """Send a request. An end that closes may have sent its reply before it had read all."""
+        """Send a request. A server may reply and close before it has read all: the reply tells."""
         lines = [start, *(f"{name}: {value}" for name, value in headers.items()), "", ""]
         rest = memoryview("\r\n".join(lines).encode("latin-1") + body)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
@@ -2333,8 +2336,8 @@ class _Connection:
         failure = OSError(f"{host} has no address")
         found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
         for family, kind, protocol, _, address in found:
-            self.sock = socket.socket(family, kind, protocol)
             try:
+                self.sock = socket.socket(family, kind, protocol)
                 self.sock.setblocking(False)
                 self._await_connection(self.sock.connect_ex(address))
             except OSError as error:
@@ -2491,11 +2494,11 @@ class _Transport(urllib.request.AbstractHTTPHandler):
 
 # == Pacing ========================================================================================
 #
-# When a request may start. Time comes in through _clock, which a test replaces.
+# When a request may start. Its time comes in through _clock, which a test replaces.
 
 
 class _Clock:
-    """Where the waits of this module read the time, spend it, and draw their jitter.
+    """Where pacing and backoff read the time, spend it, and draw their jitter.
 
     The random numbers are our own, so that a hiccup of the API does not change a seeded experiment.
     """
@@ -2586,7 +2589,7 @@ def _format_progress(tally: _Tally, elapsed: float, width: int, reason: str = ""
     """The line for *tally* after *elapsed* seconds, in less than *width* columns.
 
     What matters most comes first. *reason*, why something is retried or waits, is said where
-    nothing has been drawn yet, or all that is under way waits.
+    nothing has been drawn yet, or something under way waits.
     """
     done, total, cost = tally["done"], tally["total"], tally["cost"]
     drawn = done - tally["cached"]
@@ -2978,7 +2981,7 @@ class _SqlCache:
         self._do(store)
 
     def close(self) -> None:
-        """Close the connection. What still comes is stored over one of its own."""
+        """Close the connection. A later put opens and closes one of its own."""
         with self._lock:
             self._is_closed = True
             self._disconnect()
@@ -3548,7 +3551,7 @@ class RolloutsClient:
             name: self._goes_on(injected, settings) for name, injected in _PROBES.items()}
         if len(set(results.values())) > 1:
             works, fails = sorted(results, key=lambda name: not results[name])
-            _warn(f"{self.model} continues {works}, but not {fails}")
+            _warn(f"{config.model} continues {works}, but not {fails}")
         return all(results.values())
 
     def _goes_on(self, injected: str, settings: dict[str, Any]) -> bool:
@@ -3601,6 +3604,10 @@ class RolloutsClient:
         executor = self._executors.setdefault(width, ThreadPoolExecutor(width, "rollouts"))
         pacer = self._pacers.setdefault(api.base_url, _Pacer())
         requests = [_request_of(prompt, config, api) for prompt in prompts]
+        if any(request.injection.text.endswith((" ", "\t")) for request in requests):
+            _warn(
+                "the injected text ends in a space, which most models continue badly: their words "
+                "begin with one. End it with a word or a newline.")
         return _Call(config, api, cache, executor, pacer, requests, n_samples)
 
     def _look_up(self, call: _Call) -> None:
@@ -3610,16 +3617,23 @@ class RolloutsClient:
         unusable = call.notes["unusable"]
         for index, request in enumerate(call.requests):
             get = functools.partial(call.cache.get, request, call.seeds, unusable)
-            try:
-                found = self._patiently(get, bool)
-            except OSError as error:  # to pay again for what is there would be worse
-                raise RolloutsError(f"the cache cannot be read just now: {error}") from error
+            found = self._look(get, bool)
             for seed, response in found.items():
                 call.record(index, seed, response)
                 if call.config.verbose:
                     call.say(index, seed, "from the cache")
         if call.config.offline:
             call.fail_the_rest("not in the cache, and offline=True sends nothing")
+
+    def _look(
+        self, get: Callable[[], dict[int, Response]], is_cancelled: Callable[[], bool]
+    ) -> dict[int, Response]:
+        """What *get* finds in a cache. To pay again for what is there is worse than to fail."""
+        try:
+            found: dict[int, Response] = self._patiently(get, is_cancelled)
+        except OSError as error:
+            raise RolloutsError(f"the cache cannot be read just now: {error}") from error
+        return found
 
     def _patiently(self, operation: Callable[[], Any], is_cancelled: Callable[[], bool]) -> Any:
         """Do *operation*; under a passing lack, close idle connections, wait and try again."""
@@ -3690,7 +3704,8 @@ class RolloutsClient:
 
     def _finish(self, sample: _Sample, outcome: Union[_Outcome, BaseException, None]) -> None:
         with self._lock:
-            self._in_flight.pop(sample.key, None)
+            if self._in_flight.get(sample.key) is sample:
+                del self._in_flight[sample.key]
         if sample.done():
             return
         if isinstance(outcome, BaseException) and not isinstance(outcome, APIError):
@@ -3715,7 +3730,7 @@ class RolloutsClient:
         if cache is None:
             return None
         get = functools.partial(cache.get, sample.request, (sample.seed,), [])
-        found: dict[int, Response] = self._patiently(get, sample.is_unwanted)
+        found = self._look(get, sample.is_unwanted)
         if found:
             sample.call.say(sample.index, sample.seed, "from the cache")
         return found.get(sample.seed)

@@ -291,7 +291,7 @@ def _cached(kind, size, rounds, asked=100):
     with tempfile.TemporaryDirectory() as directory, rollouts.RolloutsClient(
             "m", base_url="http://127.0.0.1:9", use_cache=kind, cache_dir=directory) as client:
         # The only way to a hundred thousand samples in half a minute is past the network: through the store.
-        call = client._prepare([f"{PROMPT} {number}" for number in range(size // asked + 1)], 1, None, {})
+        call = client._prepare([f"{PROMPT} {number}" for number in range(size // asked + 1)], 1, {})
         *requests, new = call.requests
         message = json.loads(REPLY)["choices"][0]["message"]
         reply = rollouts.Response(message["content"], message["reasoning"], finish_reason="stop")
