@@ -2141,7 +2141,9 @@ _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 _KEEPALIVE = (  # seconds, seconds, seconds, probes; the second is macOS's name for the first
     ("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4))
 _IN_PROGRESS = (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", -1))
-# How a kept connection fails that the server has closed.
+# How a kept connection fails that the server has closed, and within how many seconds. After more
+# the request may have been worked on, and paid for.
+_SOON = 2.0
 _CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 _DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]")  # a model's own "[DONE]" never begins a line
 
@@ -2322,7 +2324,7 @@ class _Connection:
         self._connect_to(str(address.hostname), port)
         if tunnel:
             address = urllib.parse.urlsplit("//" + tunnel)
-            where = f"{address.hostname}:{address.port or 443}"
+            where = tunnel if address.port else f"{tunnel}:443"
             self._send(f"CONNECT {where} HTTP/1.1", {"Host": where, **proxy_headers})
             reply = _Reply(self)
             if reply.status != 200:
@@ -2457,20 +2459,23 @@ class _Transport(urllib.request.AbstractHTTPHandler):
         if tunnel and "Proxy-Authorization" in headers:
             proxy_headers["Proxy-Authorization"] = headers.pop("Proxy-Authorization")
         key = (request.type, request.host, tunnel)
+        kept = self._kept(key)
         while True:
-            kept = self._kept(key)
             connection = kept or _Connection(key)
             connection.begin(request)
+            begun = time.monotonic()
             try:
                 if kept is None:
                     connection.connect(request.host, tunnel, proxy_headers, context)
                 return connection.post(request.selector, headers, request.data)
             except BaseException as error:
                 connection.close()
-                # Only a kept connection may have been closed before it saw the request. All else
-                # is a failed attempt: the retry policy has the say.
-                if kept is None or connection.received or not isinstance(error, _CLOSED):
+                # Only a kept connection may have been closed before it saw the request, which
+                # shows at once. All else is a failed attempt, and a matter of the retry policy.
+                was_closed = isinstance(error, _CLOSED) and not connection.received
+                if kept is None or not was_closed or time.monotonic() - begun > _SOON:
                     raise
+                kept = None
 
     https_open = http_open
 
@@ -3211,11 +3216,11 @@ class _Call:
     def results(self) -> list[Rollouts]:
         """What the call returns, raises and warns of."""
         results = [self._rollouts(*each) for each in zip(self.requests, self.outcomes)]
+        if self.config.offline:
+            return results
         errors = [error for rollouts in results for error in rollouts.errors]
         failure = None
-        if self.config.offline:
-            errors = []
-        elif errors and len(errors) == self.total:
+        if errors and len(errors) == self.total:
             was_sent = [
                 error for error in errors
                 if error.status is not None or not error.message.startswith("never sent")]
@@ -3300,7 +3305,7 @@ def _release(
     """Close what is idle. What is in flight finishes."""
     if pid != os.getpid():
         return
-    for executor in executors.values():
+    for executor in list(executors.values()):
         executor.shutdown(wait=False)
     transport.close_idle(for_good=True)
     for cache in list(caches.values()):
@@ -3683,17 +3688,16 @@ class RolloutsClient:
         if call.cache is not None:
             request, retries = call.requests[index], call.config.max_retries
             key = (id(call.cache), call.api.key, request.url, request.key, seed, retries)
-        with self._lock:
-            sample = self._in_flight.get(key)
-            if sample is not None:
-                sample.waiting.append((call, index))
-                call.expect(index, seed, sample)
-                return
-            sample = self._in_flight[key] = _Sample(key, call, index, seed)
+        sample = _Sample(key, call, index, seed)
         try:
+            with self._lock:
+                shared = self._in_flight.setdefault(key, sample)
+                if shared is not sample:
+                    shared.waiting.append((call, index))
             # Known before it is submitted: Ctrl-C may arrive within submit.
-            call.expect(index, seed, sample)
-            call.executor.submit(self._draw, sample)
+            call.expect(index, seed, shared)
+            if shared is sample:
+                call.executor.submit(self._draw, sample)
         except BaseException as error:
             if "start new thread" in str(error) and call.in_flight > 1:
                 return  # it is in the queue of the threads that there are

@@ -1,9 +1,11 @@
 """What fails, fails alone: the scope of a refusal, what stops it, what goes on; calls that send nothing."""
 
 import json
+import pathlib
 import random
 import threading
 import unittest
+import warnings
 from dataclasses import replace
 
 from tests import rollouts
@@ -658,6 +660,20 @@ class Offline(Case):
         thread.join(60)
         self.missed(result.errors, range(3))
         self.assertEqual(len(client.generate("q", 3, offline=True)), 2)
+
+    def test_a_damaged_entry_is_a_miss_without_a_warning(self):
+        """Which would be an error here. It is warned of where the sample is asked for again."""
+        client = self.client(self.server)
+        client.generate("q", 2)
+        damaged = next(pathlib.Path(self.directory).rglob("seed_00000.json"))
+        damaged.write_text("{")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = client.generate("q", 2, offline=True)
+        self.assertEqual([response.seed for response in result], [1])
+        self.missed(result.errors, [0])
+        with self.assertWarnsRegex(UserWarning, "1 cache entries could not be used"):
+            client.generate("q", 2)
 
     def test_where_it_makes_no_sense(self):
         for settings in ({"use_cache": False}, {"use_cache": False, "seed": 3}):

@@ -174,6 +174,31 @@ class Connections(Wired):
         self.assertEqual(client.generate("second")[0].content, "again")
         self.assertEqual((len(server.requests), server.connections), (3, 2))
 
+    def test_however_many_are_kept_the_request_goes_out_once_more_only(self):
+        together = threading.Barrier(5)
+
+        def answer(request):
+            if request.body["messages"][0]["content"] != "first":
+                return Reply(hang_up="at once")
+            together.wait(30)  # five connections are kept
+            return chat()
+
+        server = self.serve(answer)
+        client = self.client(server, max_retries=0)
+        client.generate("first", 5)
+        with self.assertRaises(APIError):
+            client.generate("second")
+        self.assertEqual(len(server.requests), 5 + 2)
+
+    def test_a_kept_one_that_breaks_late_is_a_failed_attempt(self):
+        """The server may have worked on the request by then."""
+        server = self.serve([chat(), Reply(delay=0.3, hang_up="at once"), chat()])
+        client = self.client(server, max_retries=0)
+        client.generate("first")
+        with mock.patch.object(rollouts, "_SOON", 0.1), self.assertRaises(APIError):
+            client.generate("second")
+        self.assertEqual(len(server.requests), 2)
+
     def test_a_kept_one_that_breaks_within_the_reply_is_a_failed_attempt(self):
         for breaks in (replace(chat(), hang_up="early"), Reply(pieces=[b'{"choices"'], hang_up="early")):
             server = self.serve([chat(), breaks, chat()])
@@ -567,6 +592,14 @@ class Proxies(Wired):
         self.assertNotIn("sk-secret", proxy.asked[0])
         self.assertNotIn("proxy-authorization", server.requests[0].headers)
         self.assertEqual(server.requests[0].headers["authorization"], "Bearer sk-secret")
+
+    def test_a_tunnel_to_an_address_of_ipv6(self):
+        for base_url, asked in (("https://[::1]/v1", "[::1]:443"), ("https://[::1]:8443/v1", "[::1]:8443")):
+            with self.subTest(base_url):
+                proxy = Proxy(0, b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n")
+                with environment(https_proxy=f"http://{self.raw(proxy).host}"):
+                    self.fails(base_url)
+                self.assertEqual(proxy.asked[0].split("\r\n")[:2], [f"CONNECT {asked} HTTP/1.1", f"Host: {asked}"])
 
     def test_a_tunnel_refused(self):
         for status, attempts, advice in ((407, 1, "user:password"), (403, 1, ""), (502, 3, ""), (503, 3, "")):
