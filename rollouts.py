@@ -138,8 +138,8 @@ class _Record:
 def _warn(text: str) -> None:
     """Warn at the line that called into this module.
 
-    Python shows a text once a line. A shortfall must be told each time, hence a registry of its
-    own.
+    Python shows the same text once a line. A shortfall must be told each time, so the registry is
+    a fresh one.
     """
     frame: Any = inspect.currentframe()
     while frame.f_globals is globals() and frame.f_back is not None:
@@ -1536,7 +1536,7 @@ def _request_of(prompt: Prompt, config: Config, api: _Api) -> _Request:
         raise ValueError(f"prompt takes messages that JSON can hold: {error}") from None
     if not isinstance(prompt, str):
         prompt = _json_copy([dict(message) for message in prompt])
-    # All but the prompt in the order given: a schema's order is the order of the answer's fields.
+    # The user's order of fields is kept: a schema's order is that of the answer's fields.
     return _Request(
         prompt, injection, api.base_url, {**body, field: json.loads(said)},
         "" if config.seed is None else api.provider.seed, streaming,
@@ -1679,7 +1679,7 @@ def _backoff(error: APIError, attempt: int, jitter: float) -> float:
 #
 # What came back, read into a Response, or into the APIError that says why it cannot be. Every
 # APIError of a request is made here, and none holds the key, not even where a server repeats it.
-# The form of a body decides what it is, not its label.
+# The form of a body decides what it is, not its Content-Type.
 
 _MOST_WORDS = 1000  # characters of an API's own words in an error
 _LONGEST_REPLY = 64 * 2**20  # bytes, unpacked
@@ -2419,7 +2419,7 @@ class _Transport(urllib.request.AbstractHTTPHandler):
             received = reply.receive()
             connection.idle_since = time.monotonic()
             with self._lock:
-                # Where headers hold one, it asks the server to close it.
+                # A header of ours of that name asks the server to close.
                 is_kept = reply.may_be_kept() and not self._is_closed
                 is_kept = is_kept and "Connection" not in headers
                 if is_kept:
@@ -2642,7 +2642,7 @@ class _Log:
 
     @staticmethod
     def _write(text: str) -> None:
-        # Closed, or None under pythonw
+        # It may be closed, or None (under pythonw).
         with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stderr.write(text)
             sys.stderr.flush()
@@ -2998,7 +2998,7 @@ class _SqlCache:
 # done from a queue, records it, and submits the next. So its state needs no lock. What the threads
 # that draw share with it is a _Sample.
 
-_PATIENCE = 20  # refusals in a row; with this many more samples lost, it is not bad luck any more
+_PATIENCE = 20  # more refusals in a row than this stop their scope, also after a success
 # Too long, or refused for what it says: that does not hold for other prompts.
 _PROMPT_STATUSES = (400, 403, 413, 422)
 _SAME_TEXTS = 5  # samples; as many that are one text are no independent draws,
@@ -3015,8 +3015,8 @@ class _Verdicts:
 
     A refusal (an error that no retry mends) has a scope: of the statuses 400, 403, 413 and 422 the
     prompt, else the call. It stops its scope while nothing there has succeeded; after that it is
-    one sample's bad luck, and only more than 20 in a row stop the scope. For a prompt a cached
-    sample is a success, for the call only one that was drawn.
+    one sample's bad luck, and only more than 20 in a row stop the scope. A cached sample counts as
+    a success of its prompt, not of the call.
     """
 
     def __init__(self) -> None:
@@ -3294,7 +3294,7 @@ _PROBES = {
     "an open thought": "<think>\nBefore I come to that, a quick sum to warm up: 2 x 4 =",
     "a forced answer": "<think>\nI shall count before I answer.\n</think>\n\n1, 2, 3, 4, 5, 6, 7,",
 }
-# What a forked child must not close, as it is the parent's: referred to here for ever.
+# Keeps alive in a forked child what is the parent's, and must not be closed.
 _clients_of_the_parent: list[Any] = []
 
 
